@@ -1,0 +1,40 @@
+"""Attention and rotary positions of the DiT (pure functions)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rope_table(ids: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
+    """Cosines and sines of all positions.
+
+    Args:
+        ids: positions ``[N, len(axes)]``.
+        axes: channels of a head per position axis, each even.
+        theta: base of the frequencies.
+
+    Returns:
+        ``[2, N, sum(axes) / 2]``, fp32: cosines, then sines, of ``position * theta ** (-2 i / axis)``. Angles are taken in
+        fp64, as in the reference (github.com/black-forest-labs/flux2, ``src/flux2/model.py``).
+    """
+    angles = []
+    for axis, channels in enumerate(axes):
+        exponent = torch.arange(0, channels, 2, dtype=torch.float64, device=ids.device) / channels
+        angles.append(ids[:, axis, None].to(torch.float64) * theta**-exponent)
+    angle = torch.cat(angles, dim=-1)
+    return torch.stack((angle.cos(), angle.sin())).float()
+
+
+def apply_rope(x: Tensor, table: Tensor) -> Tensor:
+    """Rotates neighbouring channel pairs of ``[B, H, N, head_dim]`` by a `rope_table`; computed in fp32."""
+    cos, sin = table
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1).flatten(-2).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of ``[B, H, N, head_dim]``, heads merged: ``[B, N, H * head_dim]``."""
+    out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).flatten(2)

@@ -1,0 +1,322 @@
+"""Checkpoints in and out: safetensors files as one table of tensors, strict loading, saving.
+
+Files come from strangers, so a header is checked against the file before anything is allocated, an index may name only
+files of its own folder, and nothing but safetensors and JSON is read. What a file holds is found by `detect.detect`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .autoencoder import AutoencoderConfig, Flux2Autoencoder
+from .detect import FileDescription, component_steps, describe_other, detect, resolve_variant
+from .dit import Flux2DiT
+from .files import write_safetensors
+from .state_dict import COMFYUI_DIT_PREFIX, Component, Layout, Step, convert, split_quantisation
+from .tensor_source import TensorSource
+from .variants import VARIANTS, Variant
+
+AUTOENCODER_MISSING_ALLOWED = frozenset({"bn.num_batches_tracked"})
+"""A counter that only training uses; diffusers' files and ComfyUI's leave it out. A DiT may miss nothing."""
+MAPPED_FROM_BYTES = 2**30
+"""Files of this size or more are mapped where they can be. Smaller ones are copied: that costs a fraction of a second,
+and memory of our own is aligned, so that a CPU computes the same last bits from a file as from a fresh model."""
+FLOAT_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+FLOAT8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+
+
+def load_dit(
+    path: str | os.PathLike[str],
+    variant: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    variants: Mapping[str, Variant] = VARIANTS,
+) -> tuple[Flux2DiT, Variant]:
+    """Loads a DiT from a file, the first of its shards, an index, or a folder, in any known layout.
+
+    The model is in eval mode and takes no gradients. All its weights have one type: ``dtype``, or the one most weights
+    of the file have, where 8-bit floats count as bf16 (they are multiplied by their scales). On the CPU, weights of a
+    large file (`MAPPED_FROM_BYTES`) that need no conversion stay mapped to it: they take memory as they are used, which
+    the system may take back, and the file must not be overwritten in place while the model lives.
+
+    Args:
+        variant: a name of ``variants``; None or "auto" finds it, see `resolve_variant`.
+        dtype: type of all weights.
+        device: where the weights go; they pass through host memory one tensor at a time.
+
+    Raises:
+        ValueError: the file is missing, damaged, something else than a FLUX.2 DiT, or of another variant.
+    """
+    source = TensorSource(path, component="dit")
+    description = detect(source, variants=variants)
+    if description.kind != "dit":
+        raise ValueError(describe_other(source, description, "a FLUX.2 DiT"))
+    found = resolve_variant(source, variant, variants=variants)
+    with torch.device("meta"):
+        dit = Flux2DiT(found.dit)
+    _load_weights(dit, source, description, "dit", dtype, torch.device(device))
+    return dit, found
+
+
+def load_autoencoder(
+    path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> Flux2Autoencoder:
+    """Loads an autoencoder as `load_dit` loads a DiT; its shape is read from the file.
+
+    The running statistics of the latents stay fp32 whatever ``dtype`` is. The number of normalisation groups cannot be
+    seen in the shapes: it is 32 unless the file's metadata key ``flux2_kit.num_norm_groups`` says otherwise.
+
+    Raises:
+        ValueError: the file is missing, damaged, or something else than a FLUX.2 autoencoder.
+    """
+    source = TensorSource(path, component="autoencoder")
+    description = detect(source)
+    if description.kind != "autoencoder":
+        raise ValueError(describe_other(source, description, "a FLUX.2 autoencoder"))
+    steps = component_steps(source, description, "autoencoder")
+    config = autoencoder_config(source, {step.target: _target_shape(source, description, step) for step in steps})
+    with torch.device("meta"):
+        autoencoder = Flux2Autoencoder(config)
+    _load_weights(autoencoder, source, description, "autoencoder", dtype, torch.device(device))
+    return autoencoder
+
+
+def autoencoder_config(source: TensorSource, shapes: Mapping[str, tuple[int, ...]]) -> AutoencoderConfig:
+    """The config of an autoencoder with these tensor shapes, in BFL names.
+
+    Raises:
+        ValueError: tensors that tell the shape are missing, or the number of groups does not fit.
+    """
+    text = source.metadata.get("flux2_kit.num_norm_groups", "32")
+    try:
+        encoder_levels = _count(shapes, "encoder.down.{}.block.0.conv1.weight")
+        decoder_levels = _count(shapes, "decoder.up.{}.block.0.conv1.weight")
+        config = AutoencoderConfig(
+            encoder_widths=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(encoder_levels)),
+            decoder_widths=tuple(shapes[f"decoder.up.{i}.block.0.conv1.weight"][0] for i in range(decoder_levels)),
+            num_res_blocks=_count(shapes, "encoder.down.0.block.{}.conv1.weight"),
+            latent_channels=shapes["decoder.conv_in.weight"][1],
+            num_norm_groups=int(text),
+        )
+    except (KeyError, IndexError) as error:
+        raise ValueError(
+            f"{source.path} is an incomplete FLUX.2 autoencoder: it has no {error}; download it again"
+        ) from None
+    except ValueError:
+        raise ValueError(
+            f"{source.path}: flux2_kit.num_norm_groups must be a whole number, got {text[:40]!r}"
+        ) from None
+    widths = (*config.encoder_widths, *config.decoder_widths)
+    if not encoder_levels or not decoder_levels or config.num_norm_groups < 1:
+        raise ValueError(
+            f"{source.path} is an incomplete FLUX.2 autoencoder: it has no residual blocks; download it again"
+        )
+    if any(width % config.num_norm_groups for width in widths):
+        raise ValueError(
+            f"{source.path}: widths {sorted(set(widths))} are no multiples of {config.num_norm_groups} normalisation "
+            "groups; the metadata key flux2_kit.num_norm_groups must name a number that divides them"
+        )
+    return config
+
+
+def save_dit(
+    path: str | os.PathLike[str],
+    dit: Flux2DiT,
+    variant: Variant,
+    layout: Layout = "bfl",
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes the DiT's weights as one safetensors file, atomically; ``metadata`` is added to ours and wins over it.
+
+    Raises:
+        ValueError: the model has parameters that no plain checkpoint has, such as adapters or quantised weights.
+    """
+    tensors = convert(dit.state_dict(), "dit", "bfl", layout)
+    if layout == "comfyui":
+        tensors = {f"{COMFYUI_DIT_PREFIX}{name}": tensor for name, tensor in tensors.items()}
+    ours = {
+        "format": "pt",
+        "flux2_kit.variant": variant.name,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"Flux.2-{variant.name}",
+        "modelspec.implementation": "https://github.com/black-forest-labs/flux2",
+        "modelspec.title": Path(path).stem,
+        "modelspec.license": variant.license,
+    }
+    return write_safetensors(path, tensors, ours | dict(metadata or {}))
+
+
+def save_autoencoder(
+    path: str | os.PathLike[str],
+    autoencoder: Flux2Autoencoder,
+    layout: Layout = "bfl",
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes the autoencoder's weights as one safetensors file, atomically."""
+    tensors = convert(autoencoder.state_dict(), "autoencoder", "bfl", layout)
+    ours = {
+        "format": "pt",
+        "flux2_kit.num_norm_groups": str(autoencoder.config.num_norm_groups),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "Flux.2/vae",
+        "modelspec.title": Path(path).stem,
+    }
+    return write_safetensors(path, tensors, ours | dict(metadata or {}))
+
+
+def iterate_bfl(
+    source: TensorSource,
+    description: FileDescription,
+    component: Component,
+    dtype_of: Callable[[str], torch.dtype],
+    device: torch.device,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields every tensor of a component in BFL's name and layout; sources are read one target at a time.
+
+    Args:
+        dtype_of: the type a target (BFL name) shall have.
+        device: where it shall be.
+    """
+    quantisation = split_quantisation(source.names)
+    for step in component_steps(source, description, component):
+        names = [description.prefix + name for name in step.sources]
+        dtype = dtype_of(step.target)
+        tensors = [_read(source, name, quantisation.scales.get(name), step, dtype, device) for name in names]
+        yield step.target, step.apply(tensors)
+
+
+def _read(
+    source: TensorSource, name: str, scale: str | None, step: Step, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """One source tensor, dequantised, on its device.
+
+    It is mapped where the result is the file's own bytes and copied otherwise: pages that were mapped only to be
+    converted would count as memory of the process for as long as any other tensor of the file is in use.
+    """
+    stored = source.dtype(name)
+    moves = step.operation in ("join", "swap_halves")
+    kept_as_is = stored == dtype and scale is None and not moves and device.type == "cpu"
+    kept_as_is = kept_as_is and source.num_bytes >= MAPPED_FROM_BYTES
+    tensor = source.get(name, mapped=kept_as_is)
+    if scale is not None:
+        tensor = _dequantise(name, tensor.to(device), source.get(scale).to(device))
+    return tensor.to(device=device, dtype=dtype)
+
+
+def _dequantise(name: str, weight: Tensor, scale: Tensor) -> Tensor:
+    """``weight * scale`` in fp32; one scale for the tensor, one per row, or one per block of columns of a row."""
+    scale = scale.float()
+    values = weight.to(torch.float32, copy=True)
+    if scale.numel() == 1:
+        return values.mul_(scale.reshape(()))
+    if scale.numel() == values.shape[0]:
+        return values.mul_(scale.reshape(-1, *(1 for _ in values.shape[1:])))
+    blocks = scale.numel() // values.shape[0]
+    if values.dim() == 2 and scale.shape[0] == values.shape[0] and blocks and values.shape[1] % blocks == 0:
+        return values.unflatten(1, (blocks, -1)).mul_(scale.reshape(values.shape[0], blocks, 1)).flatten(1)
+    raise ValueError(
+        f"{name}: a scale of shape {tuple(scale.shape)} does not fit a weight of shape {tuple(weight.shape)}; scales "
+        "per tensor, per row and per block of columns are read. Give the bf16 file."
+    )
+
+
+# Under inference mode, as inside a ComfyUI node, the weights would be barred from any later training.
+@torch.inference_mode(False)
+def _load_weights(
+    module: nn.Module,
+    source: TensorSource,
+    description: FileDescription,
+    component: Component,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> None:
+    """Puts the file's tensors in place of the meta tensors of ``module``, strictly."""
+    expected = module.state_dict()
+    steps = component_steps(source, description, component)
+    _check_quantisation(source, description, steps)
+    _check_names_and_shapes(source, description, steps, expected)
+    common = dtype or _common_dtype(source, description, steps)
+
+    def dtype_of(name: str) -> torch.dtype:
+        # Every latent goes through these statistics, and they take no room: they keep their precision.
+        return expected[name].dtype if name.startswith("bn.") else common
+
+    state = dict(iterate_bfl(source, description, component, dtype_of, device))
+    for name in AUTOENCODER_MISSING_ALLOWED & (expected.keys() - state.keys()):
+        state[name] = torch.zeros((), dtype=expected[name].dtype, device=device)
+    module.load_state_dict(state, strict=True, assign=True)
+    module.requires_grad_(False).eval()
+
+
+def _check_names_and_shapes(
+    source: TensorSource, description: FileDescription, steps: list[Step], expected: Mapping[str, Tensor]
+) -> None:
+    shapes = {step.target: _target_shape(source, description, step) for step in steps}
+    missing = sorted(expected.keys() - shapes.keys() - AUTOENCODER_MISSING_ALLOWED)
+    unexpected = sorted(shapes.keys() - expected.keys())
+    wrong = sorted(name for name in shapes.keys() & expected.keys() if shapes[name] != tuple(expected[name].shape))
+    if missing or unexpected:
+        raise ValueError(
+            f"{source.path} does not fit the model: {len(missing)} tensors are missing ({_few(missing)}) and "
+            f"{len(unexpected)} are too many ({_few(unexpected)}); give a complete, unmodified checkpoint"
+        )
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{source.path}: {name} has shape {list(shapes[name])}, the model needs {list(expected[name].shape)}; "
+            "give a checkpoint of the variant that was asked for"
+        )
+
+
+def _check_quantisation(source: TensorSource, description: FileDescription, steps: list[Step]) -> None:
+    """Refuses number formats that are not plain floats or 8-bit floats times a scale."""
+    quantisation = split_quantisation(source.names)
+    advice = "give a bf16, fp16, fp32 or fp8 file of the model"
+    for step in steps:
+        for name in (description.prefix + name for name in step.sources):
+            if step.target != "bn.num_batches_tracked" and source.dtype(name) not in FLOAT_DTYPES | FLOAT8_DTYPES:
+                stored = source.table[name].dtype
+                raise ValueError(f"{source.path}: {name} is quantised ({stored}) in a way that is not read; {advice}")
+            scale = quantisation.scales.get(name)
+            if scale is not None and source.dtype(scale) not in FLOAT_DTYPES:
+                stored = source.table[scale].dtype
+                raise ValueError(f"{source.path}: {name} has scales ({stored}) of a kind that is not read; {advice}")
+    for name in quantisation.formats:
+        text = bytes(source.get(name).flatten().tolist()).decode("utf-8", "replace")
+        if "float8_e" not in text:
+            raise ValueError(f"{source.path}: {name} names the format {text[:80]}, which is not read; {advice}")
+
+
+def _common_dtype(source: TensorSource, description: FileDescription, steps: list[Step]) -> torch.dtype:
+    """The type that most of the weights have, by number of elements; 8-bit floats are computed with as bf16."""
+    counts: Counter[torch.dtype] = Counter()
+    for step in steps:
+        for name in step.sources:
+            entry = source.table[description.prefix + name]
+            stored = source.dtype(description.prefix + name)
+            if stored in FLOAT_DTYPES | FLOAT8_DTYPES:
+                counts[torch.bfloat16 if stored in FLOAT8_DTYPES else stored] += entry.num_elements
+    return counts.most_common(1)[0][0]
+
+
+def _target_shape(source: TensorSource, description: FileDescription, step: Step) -> tuple[int, ...]:
+    return step.shape([source.table[description.prefix + name].shape for name in step.sources])
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]], template: str) -> int:
+    """Number of names ``template.format(0)``, ``template.format(1)``, ... without a gap."""
+    index = 0
+    while template.format(index) in shapes:
+        index += 1
+    return index
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"

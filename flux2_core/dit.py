@@ -1,0 +1,275 @@
+"""The FLUX.2 diffusion transformer (DiT).
+
+Architecture and parameter names follow Black Forest Labs' reference (github.com/black-forest-labs/flux2,
+``src/flux2/model.py``), so a BFL checkpoint loads without renaming. Every Linear is without bias; the modulations are
+shared by all blocks.
+
+Shapes: B batch, L text tokens, N image and reference tokens, D hidden size, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import apply_rope, attention, rope_table
+
+NORM_EPS = 1e-6
+TIME_EMBEDDING_CHANNELS = 256
+TIME_FACTOR = 1000.0
+"""Sigma and guidance are multiplied by this before the sinusoidal embedding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Shape of a DiT."""
+
+    hidden_size: int
+    num_heads: int
+    num_double_blocks: int
+    num_single_blocks: int
+    context_dim: int
+    """Channels of the text embedding: three stacked hidden states of the text encoder."""
+    has_guidance_embedder: bool
+    """Whether guidance is an input of the network (dev) or there is none (klein)."""
+    in_channels: int = 128
+    mlp_ratio: int = 3
+    rope_axes: tuple[int, int, int, int] = (32, 32, 32, 32)
+    """Channels of a head that rotate with each of the position axes (t, h, w, l)."""
+    rope_theta: float = 2000.0
+
+    def __post_init__(self) -> None:
+        assert sum(self.rope_axes) * self.num_heads == self.hidden_size, self
+
+
+class QKNorm(nn.Module):
+    """RMSNorm over the channels of each head, for queries and keys."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(head_dim)
+        self.key_norm = RMSNorm(head_dim)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q), self.key_norm(k)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), NORM_EPS)
+
+
+class SelfAttention(nn.Module):
+    """The projections of one stream of a double block; the attention itself is joint and lives in the block."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.norm = QKNorm(hidden_size // num_heads)
+        self.proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+
+class SwiGLU(nn.Module):
+    """``silu(gate) * up`` of channels laid out as [gate, up]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+class MLPEmbedder(nn.Module):
+    """Embeds the sinusoidal features of sigma or guidance."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(TIME_EMBEDDING_CHANNELS, hidden_size, bias=False)
+        self.out_layer = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class Modulation(nn.Module):
+    """``num_sets`` triples (shift, scale, gate) ``[B, 1, D]`` from the conditioning vector ``[B, D]``."""
+
+    def __init__(self, hidden_size: int, num_sets: int) -> None:
+        super().__init__()
+        self.num_sets = num_sets
+        self.lin = nn.Linear(hidden_size, 3 * num_sets * hidden_size, bias=False)
+
+    def forward(self, vec: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        chunks = self.lin(F.silu(vec))[:, None].chunk(3 * self.num_sets, dim=-1)
+        return [(chunks[3 * i], chunks[3 * i + 1], chunks[3 * i + 2]) for i in range(self.num_sets)]
+
+
+class DoubleBlock(nn.Module):
+    """Text and image streams with weights of their own, joined in one attention."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        hidden, mlp = config.hidden_size, config.hidden_size * config.mlp_ratio
+        self.num_heads = config.num_heads
+        self.img_attn = SelfAttention(hidden, config.num_heads)
+        self.img_mlp = nn.Sequential(
+            nn.Linear(hidden, 2 * mlp, bias=False), SwiGLU(), nn.Linear(mlp, hidden, bias=False)
+        )
+        self.txt_attn = SelfAttention(hidden, config.num_heads)
+        self.txt_mlp = nn.Sequential(
+            nn.Linear(hidden, 2 * mlp, bias=False), SwiGLU(), nn.Linear(mlp, hidden, bias=False)
+        )
+
+    def forward(
+        self,
+        img: Tensor,  # [B, N, D]
+        txt: Tensor,  # [B, L, D]
+        rope: Tensor,
+        img_modulation: list[tuple[Tensor, Tensor, Tensor]],
+        txt_modulation: list[tuple[Tensor, Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        (img_shift1, img_scale1, img_gate1), (img_shift2, img_scale2, img_gate2) = img_modulation
+        (txt_shift1, txt_scale1, txt_gate1), (txt_shift2, txt_scale2, txt_gate2) = txt_modulation
+
+        img_q, img_k, img_v = split_heads(
+            self.img_attn.qkv(modulated_norm(img, img_shift1, img_scale1)), self.num_heads
+        )
+        txt_q, txt_k, txt_v = split_heads(
+            self.txt_attn.qkv(modulated_norm(txt, txt_shift1, txt_scale1)), self.num_heads
+        )
+        img_q, img_k = self.img_attn.norm(img_q, img_k)
+        txt_q, txt_k = self.txt_attn.norm(txt_q, txt_k)
+
+        q = apply_rope(torch.cat((txt_q, img_q), dim=2), rope)
+        k = apply_rope(torch.cat((txt_k, img_k), dim=2), rope)
+        v = torch.cat((txt_v, img_v), dim=2)
+        txt_out, img_out = attention(q, k, v).split([txt.shape[1], img.shape[1]], dim=1)
+
+        img = img + img_gate1 * self.img_attn.proj(img_out)
+        img = img + img_gate2 * self.img_mlp(modulated_norm(img, img_shift2, img_scale2))
+        txt = txt + txt_gate1 * self.txt_attn.proj(txt_out)
+        txt = txt + txt_gate2 * self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2))
+        return img, txt
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP in parallel over text and image tokens together."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        hidden, mlp = config.hidden_size, config.hidden_size * config.mlp_ratio
+        self.num_heads = config.num_heads
+        self.widths = [3 * hidden, 2 * mlp]
+        self.linear1 = nn.Linear(hidden, 3 * hidden + 2 * mlp, bias=False)
+        self.linear2 = nn.Linear(hidden + mlp, hidden, bias=False)
+        self.norm = QKNorm(hidden // config.num_heads)
+        self.mlp_act = SwiGLU()
+
+    def forward(self, x: Tensor, rope: Tensor, modulation: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        shift, scale, gate = modulation
+        qkv, mlp = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
+        q, k, v = split_heads(qkv, self.num_heads)
+        q, k = self.norm(q, k)
+        attended = attention(apply_rope(q, rope), apply_rope(k, rope), v)
+        return x + gate * self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.hidden_size, config.in_channels, bias=False)
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=False)
+        )
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
+        return self.linear(modulated_norm(x, shift, scale))
+
+
+class Flux2DiT(nn.Module):
+    """Predicts the velocity ``noise - latents`` of every image token."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_size
+        self.img_in = nn.Linear(config.in_channels, hidden, bias=False)
+        self.txt_in = nn.Linear(config.context_dim, hidden, bias=False)
+        self.time_in = MLPEmbedder(hidden)
+        self.guidance_in = MLPEmbedder(hidden) if config.has_guidance_embedder else None
+        self.double_stream_modulation_img = Modulation(hidden, num_sets=2)
+        self.double_stream_modulation_txt = Modulation(hidden, num_sets=2)
+        self.single_stream_modulation = Modulation(hidden, num_sets=1)
+        self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_double_blocks))
+        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_blocks))
+        self.final_layer = FinalLayer(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision in which activations run."""
+        return self.img_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs have to be."""
+        return self.img_in.weight.device
+
+    def forward(
+        self,
+        tokens: Tensor,  # [B, N, 128]: image tokens, then reference tokens
+        token_ids: Tensor,  # [N, 4]
+        text: Tensor,  # [B, L, context_dim]
+        text_ids: Tensor,  # [L, 4]
+        sigma: Tensor,  # [B], 1 is pure noise
+        guidance: Tensor | None = None,  # [B], embedded guidance
+    ) -> Tensor:
+        """Returns the velocity ``[B, N, 128]`` of all tokens; the caller keeps the image part.
+
+        Padding in the text is attended to like any token: the released weights were trained that way.
+        """
+        assert (guidance is not None) == self.config.has_guidance_embedder, "guidance and the guidance embedder go together"
+        dtype = tokens.dtype
+
+        vec = self.time_in(sinusoidal_embedding(sigma).to(dtype))
+        if self.guidance_in is not None and guidance is not None:
+            vec = vec + self.guidance_in(sinusoidal_embedding(guidance).to(dtype))
+        img_modulation = self.double_stream_modulation_img(vec)
+        txt_modulation = self.double_stream_modulation_txt(vec)
+        (single_modulation,) = self.single_stream_modulation(vec)
+
+        img, txt = self.img_in(tokens), self.txt_in(text)
+        ids = torch.cat((text_ids, token_ids), dim=0)
+        rope = rope_table(ids, self.config.rope_axes, self.config.rope_theta)
+
+        for block in self.double_blocks:
+            img, txt = block(img, txt, rope, img_modulation, txt_modulation)
+        x = torch.cat((txt, img), dim=1)
+        for block in self.single_blocks:
+            x = block(x, rope, single_modulation)
+        return self.final_layer(x[:, txt.shape[1] :], vec)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without affine part, then ``(1 + scale) * x + shift``."""
+    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) + shift
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``[B, N, 3 D]`` to three tensors ``[B, H, N, D / H]``."""
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def sinusoidal_embedding(values: Tensor) -> Tensor:
+    """``[B]`` to cosines and sines ``[B, 256]`` of 1000 times the value, fp32, periods 2 pi to 20000 pi."""
+    half = TIME_EMBEDDING_CHANNELS // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=values.device) / half)
+    angles = TIME_FACTOR * values.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)

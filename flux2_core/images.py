@@ -1,0 +1,117 @@
+"""Pictures in and out: files, PIL, tensors, and how a reference is brought to a size that the model takes."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from .autoencoder import PIXELS_PER_LATENT
+
+MIN_SIDE = 64
+"""Smallest side of a picture or reference, in pixels."""
+MAX_ASPECT = 8.0
+"""Largest ratio of a reference's sides."""
+MAX_FILE_PIXELS = 16_384 * 16_384
+"""A picture file that claims more is refused before it is decoded."""
+
+
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Reads a picture as RGB: EXIF orientation applied, transparency composited on white.
+
+    Raises:
+        ValueError: the file is missing, no picture, damaged, or larger than `MAX_FILE_PIXELS`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no picture at {path}; check the path")
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_FILE_PIXELS:
+                raise ValueError(
+                    f"{path} claims {image.width}x{image.height} px; at most {MAX_FILE_PIXELS} px are read. Scale it down."
+                )
+            image.load()
+            return to_rgb(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as a picture ({error}); give a whole PNG, JPEG or WebP file") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL picture as 8-bit RGB: EXIF orientation applied, 16-bit grey scaled, transparency composited on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        if image.mode != "F" and values.max(initial=0) > 255:  # 16-bit files keep their full range
+            values = values / 257
+        image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def image_to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture to ``[1, 3, H, W]`` in -1..1, fp32; every one of the 256 levels comes back through `tensor_to_images`."""
+    values = np.array(image.convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(values).permute(2, 0, 1).unsqueeze(0) / 127.5 - 1
+
+
+def tensor_to_images(pictures: Tensor) -> list[Image.Image]:
+    """``[B, 3, H, W]`` around -1..1 to RGB pictures, clamped and rounded (truncation would darken by half a level)."""
+    levels = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def reference_size(width: int, height: int, max_pixels: int | None) -> tuple[int, int]:
+    """The size (width, height) to which a reference is scaled before the crop to multiples of 16.
+
+    The aspect stays; a picture of at most `max_pixels` is never scaled up; None keeps any size. Rule:
+    github.com/black-forest-labs/flux2, ``src/flux2/sampling.py``.
+
+    Raises:
+        ValueError: a side under 64 px, or sides of a ratio above 8.
+    """
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"a reference is {width}x{height} px; each side must be at least {MIN_SIDE} px")
+    aspect = max(width, height) / min(width, height)
+    if aspect > MAX_ASPECT:
+        raise ValueError(
+            f"a reference is {width}x{height} px, a ratio of {aspect:.1f}; at most {MAX_ASPECT:.0f} is allowed. Crop it."
+        )
+    if max_pixels is None or width * height <= max_pixels:
+        return width, height
+    scale = math.sqrt(max_pixels / (width * height))
+    return int(width * scale), int(height * scale)
+
+
+def fit_reference(image: Image.Image, max_pixels: int | None) -> Image.Image:
+    """Scales a reference down to `max_pixels` (LANCZOS) and crops its centre to multiples of 16."""
+    image = to_rgb(image)
+    size = reference_size(*image.size, max_pixels)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    width, height = (max(side // PIXELS_PER_LATENT, 1) * PIXELS_PER_LATENT for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def check_picture_size(width: int, height: int) -> None:
+    """Refuses sizes that the model cannot make.
+
+    Raises:
+        ValueError: a side under 64 px or not a multiple of 16.
+    """
+    for name, side in (("width", width), ("height", height)):
+        if side < MIN_SIDE or side % PIXELS_PER_LATENT:
+            near = max(MIN_SIDE, round(side / PIXELS_PER_LATENT) * PIXELS_PER_LATENT)
+            raise ValueError(
+                f"the {name} is {side} px; it must be a multiple of {PIXELS_PER_LATENT} and at least {MIN_SIDE}. "
+                f"The nearest is {near}."
+            )

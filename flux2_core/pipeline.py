@@ -1,0 +1,329 @@
+"""From a prompt to pictures: the numbered steps that command line, nodes and previews share."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .autoencoder import PIXELS_PER_LATENT, Flux2Autoencoder
+from .dit import Flux2DiT
+from .images import check_picture_size, fit_reference, image_to_tensor, tensor_to_images
+from .latents import MAX_SEED, seed_noise
+from .sampling import StepCallback, denoise
+from .schedule import sigma_schedule
+from .text_encoder import TextEncoder
+from .variants import Variant
+
+logger = logging.getLogger(__name__)
+
+MAX_REFERENCES = 10
+MAX_STEPS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """What decides a picture besides prompt and references. None stands for the variant's own default."""
+
+    width: int | None = None
+    """Pixels, a multiple of 16; None: `Variant.default_size`."""
+    height: int | None = None
+    """Pixels, a multiple of 16; None: `Variant.default_size`."""
+    num_steps: int | None = None
+    """Euler steps; None: `Variant.num_steps`."""
+    cfg_scale: float | None = None
+    """Classifier-free guidance; 1 switches it off; None: `Variant.cfg_scale`."""
+    guidance: float | None = None
+    """Embedded guidance (dev only); None: `Variant.guidance`."""
+    flow_shift: float | None = None
+    """Replaces the shift that follows from size and steps (exp of the empirical mu)."""
+    seed: int = 0
+    num_images: int = 1
+    """Pictures from one seed: image i takes the i-th noise sample."""
+    resize_references: bool = True
+    """Scale large references down by the rule of the reference implementation; otherwise only crop them to 16."""
+    tile_autoencoder: bool = False
+    """Encode and decode in overlapping tiles: less memory for large pictures."""
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None and not 1 <= self.num_steps <= MAX_STEPS:
+            raise ValueError(f"the number of steps is {self.num_steps}; it must lie in 1..{MAX_STEPS}")
+        for name, value in (("cfg_scale", self.cfg_scale), ("guidance", self.guidance)):
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {value}; it must be a finite number, 0 or more")
+        if self.flow_shift is not None and not (math.isfinite(self.flow_shift) and self.flow_shift > 0):
+            raise ValueError(f"flow_shift is {self.flow_shift}; it must be a finite number above 0")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"the seed is {self.seed}; it must lie in 0..{MAX_SEED}")
+        if self.num_images < 1:
+            raise ValueError(f"the number of images is {self.num_images}; it must be at least 1")
+        for side in (self.width, self.height):
+            if side is not None:
+                check_picture_size(side, side)
+
+    def resolved(self, variant: Variant) -> SamplingConfig:
+        """The same with every None replaced by the variant's default.
+
+        Raises:
+            ValueError: an explicit setting that this variant has no input for.
+        """
+        if self.guidance is not None and variant.guidance is None:
+            raise ValueError(
+                f"guidance is {self.guidance}, but {variant.name} has no guidance embedder; use cfg_scale, or leave it out"
+            )
+        return SamplingConfig(
+            width=self.width or variant.default_size,
+            height=self.height or variant.default_size,
+            num_steps=self.num_steps or variant.num_steps,
+            cfg_scale=variant.cfg_scale if self.cfg_scale is None else self.cfg_scale,
+            guidance=variant.guidance if self.guidance is None else self.guidance,
+            flow_shift=self.flow_shift,
+            seed=self.seed,
+            num_images=self.num_images,
+            resize_references=self.resize_references,
+            tile_autoencoder=self.tile_autoencoder,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """One call of `Flux2Pipeline.generate`."""
+
+    prompt: str
+    negative_prompt: str = ""
+    references: tuple[Image.Image, ...] = ()
+    """Pictures of any size and mode; prompts call them image 1, image 2, ..."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What `Flux2Pipeline.generate` returns."""
+
+    images: list[Image.Image]
+    latents: Tensor
+    """``[B, 128, H/16, W/16]``, fp32."""
+    sampling: SamplingConfig
+    """The settings that were used, without None but for inputs the variant lacks."""
+
+
+@dataclass(kw_only=True)
+class Flux2Pipeline:
+    """The three networks of one variant. Every step can be called alone; `generate` runs them all."""
+
+    variant: Variant
+    dit: Flux2DiT
+    autoencoder: Flux2Autoencoder
+    text_encoder: TextEncoder
+
+    def generate(
+        self,
+        request: GenerateRequest,
+        *,
+        on_step: StepCallback | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Generation:
+        """Makes pictures from a prompt and up to ten references.
+
+        Raises:
+            ValueError: a request that this variant cannot carry out.
+            Stopped: `should_stop` answered True.
+        """
+        # 1. Settings: the variant fills what was left open.
+        sampling = request.sampling.resolved(self.variant)
+        assert sampling.width and sampling.height and sampling.num_steps and sampling.cfg_scale is not None
+
+        # 2. Prompt and negative prompt to text embeddings.
+        text = self.encode_prompt(request.prompt)
+        negative = self.encode_prompt(request.negative_prompt) if sampling.cfg_scale != 1 else None
+
+        # 3. References to latents.
+        references = self.encode_references(
+            request.references, resize=sampling.resize_references, tiled=sampling.tile_autoencoder
+        )
+
+        # 4. Noise to latents.
+        latents = sample_latents(
+            self.dit,
+            self.variant,
+            sampling,
+            text,
+            negative_text=negative,
+            references=references,
+            on_step=on_step,
+            should_stop=should_stop,
+        )
+
+        # 5. Latents to pictures.
+        images = self.decode(latents, tiled=sampling.tile_autoencoder)
+        return Generation(images=images, latents=latents, sampling=sampling)
+
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """Text embedding ``[1, L, C]``; a prompt that was cut logs a warning with the number of tokens lost."""
+        return encode_prompt(self.text_encoder, prompt)
+
+    def encode_references(
+        self, references: Sequence[Image.Image], *, resize: bool = True, tiled: bool = False
+    ) -> list[Tensor]:
+        """Latents ``[1, 128, h_i, w_i]`` of each reference."""
+        return encode_references(self.autoencoder, references, resize=resize, tiled=tiled)
+
+    def decode(self, latents: Tensor, *, tiled: bool = False) -> list[Image.Image]:
+        """RGB pictures of latents ``[B, 128, h, w]``."""
+        return decode_latents(self.autoencoder, latents, tiled=tiled)
+
+
+def encode_prompt(text_encoder: TextEncoder, prompt: str) -> Tensor:
+    """Text embedding ``[1, L, C]``; warns with the number of tokens lost where the prompt was too long."""
+    encoding = text_encoder.encode([prompt])
+    num_cut = encoding.num_cut[0]
+    if num_cut:
+        logger.warning(
+            "the prompt is %d tokens longer than the %d that the model takes; its end was cut",
+            num_cut,
+            text_encoder.config.max_tokens,
+        )
+    return encoding.embeddings
+
+
+@torch.inference_mode()
+def encode_references(
+    autoencoder: Flux2Autoencoder, references: Sequence[Image.Image], *, resize: bool = True, tiled: bool = False
+) -> list[Tensor]:
+    """Pictures of any size and mode to latents ``[1, 128, h_i, w_i]``.
+
+    Args:
+        autoencoder: its config says to which area references are scaled down.
+        references: at most ten.
+        resize: False keeps their size but for the crop to multiples of 16.
+        tiled: encode in tiles.
+    """
+    check_num_references(len(references))
+    single, several = autoencoder.config.reference_sides
+    max_pixels = (single if len(references) == 1 else several) ** 2 if resize else None
+    fitted = [image_to_tensor(fit_reference(image, max_pixels)) for image in references]
+    return [autoencoder.encode_tiled(image) if tiled else autoencoder.encode(image) for image in fitted]
+
+
+def check_num_references(num_references: int) -> None:
+    """Refuses more references than the model takes."""
+    if num_references > MAX_REFERENCES:
+        raise ValueError(f"{num_references} references were given; at most {MAX_REFERENCES} are allowed")
+
+
+@torch.inference_mode()
+def decode_latents(autoencoder: Flux2Autoencoder, latents: Tensor, *, tiled: bool = False) -> list[Image.Image]:
+    """Latents ``[B, 128, h, w]`` to RGB pictures, one at a time: memory does not grow with the batch."""
+    decode = autoencoder.decode_tiled if tiled else autoencoder.decode
+    return [image for row in latents.split(1) for image in tensor_to_images(decode(row))]
+
+
+def sample_latents(
+    dit: Flux2DiT,
+    variant: Variant,
+    sampling: SamplingConfig,
+    text: Tensor,
+    *,
+    negative_text: Tensor | None = None,
+    references: Sequence[Tensor] = (),
+    noise: Tensor | None = None,
+    on_step: StepCallback | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Tensor:
+    """Runs the denoise loop from the noise of the seed and returns latents ``[num_images, 128, H/16, W/16]``, fp32."""
+    sampling = sampling.resolved(variant)
+    assert sampling.width and sampling.height and sampling.num_steps and sampling.cfg_scale is not None
+    check_num_references(len(references))
+    check_text(text, variant)
+    if sampling.cfg_scale != 1 and negative_text is None:
+        raise ValueError(
+            f"cfg_scale is {sampling.cfg_scale}, but there is no negative prompt; give one (it may be empty) or set 1"
+        )
+    if noise is None:
+        noise = seed_noise(sampling.seed, sampling.num_images, sampling.height, sampling.width)
+    num_tokens = (sampling.height // PIXELS_PER_LATENT) * (sampling.width // PIXELS_PER_LATENT)
+    return denoise(
+        dit,
+        noise,
+        text,
+        sigma_schedule(sampling.num_steps, num_tokens, sampling.flow_shift),
+        references=references,
+        guidance=sampling.guidance,
+        cfg_scale=sampling.cfg_scale,
+        negative_text=negative_text,
+        on_step=on_step,
+        should_stop=should_stop,
+    )
+
+
+def check_text(text: Tensor, variant: Variant) -> None:
+    """Refuses an embedding of another model's text encoder."""
+    wanted = variant.dit.context_dim
+    if text.dim() != 3 or text.shape[-1] != wanted:
+        raise ValueError(
+            f"the text embedding has shape {tuple(text.shape)}; {variant.name} needs {wanted} channels. "
+            f"Encode the prompt with the text encoder of {variant.name} ({variant.text_encoder.tokenizer_id})."
+        )
+
+
+def load_pipeline(
+    variant: str | None = None,
+    *,
+    dit: str | os.PathLike[str] | None = None,
+    autoencoder: str | os.PathLike[str] | None = None,
+    text_encoder: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    models_dir: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Flux2Pipeline:
+    """Loads the three networks.
+
+    Args:
+        variant: a name of `variants.VARIANTS`, or "auto" to tell from the DiT file. None: "auto" where a DiT is given,
+            else the bundled tiny model.
+        dit, autoencoder, text_encoder: files or folders; where one is not given it is looked up by variant
+            (`weights.find_weights`).
+        tokenizer: for a text encoder file that has none beside it.
+        models_dir: ComfyUI's models folder, searched before the Hugging Face cache.
+        dtype: precision of DiT and text encoder; None keeps that of the files.
+        device: where the networks go.
+
+    Raises:
+        ValueError: weights that are missing, damaged, or of another model.
+    """
+    from .checkpoint import load_autoencoder, load_dit
+    from .text_encoder import load_text_encoder
+    from .variants import get_variant
+    from .weights import find_weights
+
+    if variant is None:
+        variant = "auto" if dit is not None else "tiny"
+    if variant == "auto" and dit is None:
+        raise ValueError("the variant 'auto' is told from a DiT file, but none was given; give one or name the variant")
+    models = Path(models_dir) if models_dir is not None else None
+    if variant != "auto":
+        dit = find_weights(get_variant(variant), "dit", Path(dit) if dit else None, models)
+    assert dit is not None
+    network, resolved = load_dit(Path(dit), variant, dtype=dtype, device=device)
+    ae_path = find_weights(resolved, "autoencoder", Path(autoencoder) if autoencoder else None, models)
+    text_path = find_weights(resolved, "text_encoder", Path(text_encoder) if text_encoder else None, models)
+    return Flux2Pipeline(
+        variant=resolved,
+        dit=network,
+        autoencoder=load_autoencoder(ae_path, device=device),
+        text_encoder=load_text_encoder(
+            text_path,
+            resolved.text_encoder,
+            tokenizer=Path(tokenizer) if tokenizer else None,
+            dtype=dtype,
+            device=device,
+        ),
+    )

@@ -1,0 +1,113 @@
+"""The denoise loop: Euler steps over the sigma schedule, with embedded or classifier-free guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dit import Flux2DiT
+from .latents import image_ids, latents_to_tokens, reference_tokens, text_ids, tokens_to_latents
+
+
+class Stopped(Exception):
+    """`should_stop` answered yes; nothing was written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiseStep:
+    """What a step callback is told."""
+
+    index: int
+    """Steps done, from 1."""
+    num_steps: int
+    sigma: float
+    """Noise level of `latents` after the step."""
+    latents: Tensor
+    """``[B, 128, h, w]``, still noisy."""
+    denoised: Tensor
+    """``[B, 128, h, w]``: the clean picture as predicted at this step."""
+
+
+StepCallback = Callable[[DenoiseStep], None]
+
+
+@torch.inference_mode()
+def denoise(
+    dit: Flux2DiT,
+    noise: Tensor,
+    text: Tensor,
+    sigmas: Tensor,
+    *,
+    references: Sequence[Tensor] = (),
+    guidance: float | None = None,
+    cfg_scale: float = 1.0,
+    negative_text: Tensor | None = None,
+    on_step: StepCallback | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Tensor:
+    """Integrates ``d latents / d sigma = velocity`` from sigma 1 to 0 and returns clean latents, fp32.
+
+    Args:
+        dit: the network; activations run in its dtype on its device.
+        noise: ``[B, 128, h, w]``.
+        text: ``[B, L, C]``, or ``[1, L, C]`` for the whole batch.
+        sigmas: ``[num_steps + 1]`` from `schedule.sigma_schedule`.
+        references: latents ``[B or 1, 128, h_i, w_i]``, in the order in which prompts count them.
+        guidance: embedded guidance, for networks with a guidance embedder.
+        cfg_scale: classifier-free guidance ``negative + cfg_scale * (positive - negative)``; both run as one batch.
+        negative_text: like `text`; required when `cfg_scale` is not 1.
+        on_step: told after every step.
+        should_stop: asked before every step; True raises `Stopped`.
+    """
+    batch, _, height, width = noise.shape
+    use_cfg = cfg_scale != 1.0
+    assert not use_cfg or negative_text is not None, "cfg_scale needs negative_text"
+    device, dtype = dit.device, dit.dtype
+
+    # 1. What stays the same over all steps.
+    ids = image_ids(height, width)
+    extra_tokens = None
+    if references:
+        extra_tokens, extra_ids = reference_tokens(references)
+        ids = torch.cat((ids, extra_ids))
+        extra_tokens = extra_tokens.expand(batch, -1, -1).to(device, dtype)
+    text = text.expand(batch, -1, -1)
+    if use_cfg and negative_text is not None:
+        text = torch.cat((negative_text.expand(batch, -1, -1), text))
+        extra_tokens = torch.cat((extra_tokens, extra_tokens)) if extra_tokens is not None else None
+    text = text.to(device, dtype)
+    num_rows = text.shape[0]
+    ids, ids_of_text = ids.to(device), text_ids(text.shape[1]).to(device)
+    guidance_vector = torch.full((num_rows,), guidance, device=device) if guidance is not None else None
+
+    # 2. Euler steps; the state stays fp32 so that many small steps lose nothing.
+    state = latents_to_tokens(noise).to(device, torch.float32)
+    num_image_tokens = state.shape[1]
+    num_steps = len(sigmas) - 1
+    for step in range(num_steps):
+        if should_stop is not None and should_stop():
+            raise Stopped(f"stopped after {step} of {num_steps} steps")
+        sigma, next_sigma = sigmas[step].item(), sigmas[step + 1].item()
+        tokens = state.to(dtype)
+        if use_cfg:
+            tokens = torch.cat((tokens, tokens))
+        if extra_tokens is not None:
+            tokens = torch.cat((tokens, extra_tokens), dim=1)
+        sigma_vector = torch.full((num_rows,), sigma, device=device)
+        velocity = dit(tokens, ids, text, ids_of_text, sigma_vector, guidance_vector)
+        velocity = velocity[:, :num_image_tokens].float()
+        if use_cfg:
+            negative, positive = velocity.chunk(2)
+            velocity = negative + cfg_scale * (positive - negative)
+        if on_step is not None:
+            denoised = tokens_to_latents(state - sigma * velocity, height, width)
+        state = state + (next_sigma - sigma) * velocity
+        if on_step is not None:
+            latents = tokens_to_latents(state, height, width)
+            on_step(
+                DenoiseStep(index=step + 1, num_steps=num_steps, sigma=next_sigma, latents=latents, denoised=denoised)
+            )
+    return tokens_to_latents(state, height, width)

@@ -1,0 +1,41 @@
+"""The sigma schedule of FLUX.2 (pure functions).
+
+Formulas: github.com/black-forest-labs/flux2, ``src/flux2/sampling.py`` (``compute_empirical_mu``, ``get_schedule``).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+MAX_INTERPOLATED_TOKENS = 4300
+"""Above this number of tokens the reference uses the 200-step line for every number of steps."""
+
+
+def empirical_mu(num_tokens: int, num_steps: int) -> float:
+    """The shift exponent that BFL fitted on the number of output tokens (references not counted) and of steps."""
+    mu_10 = 8.73809524e-05 * num_tokens + 1.89833333
+    mu_200 = 0.00016927 * num_tokens + 0.45666666
+    if num_tokens > MAX_INTERPOLATED_TOKENS:
+        return mu_200
+    slope = (mu_200 - mu_10) / 190
+    return slope * num_steps + mu_200 - 200 * slope
+
+
+def sigma_schedule(num_steps: int, num_tokens: int, flow_shift: float | None = None) -> Tensor:
+    """Sigmas ``[num_steps + 1]``, fp64, from 1 down to 0.
+
+    Args:
+        num_steps: Euler steps, at least 1.
+        num_tokens: output image tokens.
+        flow_shift: replaces exp(empirical mu) as the shift s in ``s x / (1 + (s - 1) x)``; 1 leaves sigmas linear.
+    """
+    if num_steps < 1:
+        raise ValueError(f"the number of steps is {num_steps}; it must be at least 1")
+    if flow_shift is not None and not (math.isfinite(flow_shift) and flow_shift > 0):
+        raise ValueError(f"flow_shift is {flow_shift}; it must be a number above 0")
+    shift = math.exp(empirical_mu(num_tokens, num_steps)) if flow_shift is None else flow_shift
+    linear = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    return shift * linear / (1 + (shift - 1) * linear)

@@ -1,0 +1,417 @@
+"""Text encoders of FLUX.2: prompts to the text embedding that the DiT reads.
+
+The networks are transformers' own Mistral and Qwen3, built with only the layers whose states are used: 30 of 40 in
+Mistral Small, 27 of 36 in Qwen3; no vision tower and no output head.
+
+The DiT attends to padding too, so states of pad tokens count: they depend on the pad token, on the padding side and,
+for left padding (rows that attend to nothing), on the attention implementation. All three are as in BFL's and
+diffusers' pipelines; attention is PyTorch's scaled dot product.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .tensor_source import TensorSource
+from .tokenizer import Family, PromptTokenizer, find_tokenizer, read_json_object
+from .variants import MISTRAL_SMALL, QWEN3_4B, QWEN3_8B, QWEN3_TINY, TextEncoderConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Where the language model's tensors sit in the layouts that are read. The longest that fits is taken.
+PREFIXES = (
+    "language_model.model.",  # Mistral3ForConditionalGeneration as transformers saves it
+    "model.language_model.",  # the same, under the names of its modules
+    "language_model.",
+    "model.",  # causal language models, ComfyUI
+    "",
+)
+# Parts of a checkpoint, after any prefix, that are not needed for text embeddings.
+UNUSED_PARTS: dict[Family, tuple[str, ...]] = {
+    "mistral": ("lm_head.", "norm.", "vision_tower.", "multi_modal_projector."),
+    "qwen3": ("lm_head.", "norm."),
+}
+# Single tensors ComfyUI puts into its files: a tokenizer, and marks of its fp8 format.
+UNUSED_NAMES = ("tekken_model", "scaled_fp8")
+SCALE_SUFFIXES = (".weight_scale", ".scale_weight", ".weight_scale_inv")
+UNUSED_SUFFIXES = (".input_scale", ".scale_input", ".comfy_quant")
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+# Side of the square blocks that share a value of weight_scale_inv, in Qwen's fp8 releases.
+SCALE_BLOCK = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelSettings:
+    """What a language model's tensor shapes do not tell, or not alone."""
+
+    rope_theta: float
+    rms_norm_eps: float
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+
+# ComfyUI's single files bring no config.json. Keyed by family and hidden size.
+# Sources: config.json of mistralai/Mistral-Small-3.2-24B-Instruct-2506, Qwen/Qwen3-4B, Qwen/Qwen3-8B.
+KNOWN_SETTINGS: dict[tuple[Family, int], LanguageModelSettings] = {
+    ("mistral", 5120): LanguageModelSettings(
+        rope_theta=1e9, rms_norm_eps=1e-5, num_heads=32, num_key_value_heads=8, head_dim=128
+    ),
+    ("qwen3", 2560): LanguageModelSettings(
+        rope_theta=1e6, rms_norm_eps=1e-6, num_heads=32, num_key_value_heads=8, head_dim=128
+    ),
+    ("qwen3", 4096): LanguageModelSettings(
+        rope_theta=1e6, rms_norm_eps=1e-6, num_heads=32, num_key_value_heads=8, head_dim=128
+    ),
+}
+MODEL_NAMES: dict[tuple[Family, int], str] = {
+    ("mistral", 5120): "Mistral Small 3 (24B)",
+    ("qwen3", 2560): "Qwen3-4B",
+    ("qwen3", 4096): "Qwen3-8B",
+}
+CONFIGS = (MISTRAL_SMALL, QWEN3_4B, QWEN3_8B, QWEN3_TINY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoding:
+    """Text embeddings of a batch of prompts."""
+
+    embeddings: Tensor
+    """``[B, max_tokens, len(layers) * hidden_size]`` in the encoder's dtype; channels grouped by layer."""
+    attention_mask: Tensor
+    """int64 ``[B, max_tokens]``, 0 on padding. The DiT takes no mask; this tells prompt from padding."""
+    num_cut: tuple[int, ...]
+    """Tokens cut off the end of each prompt because it was too long, template included."""
+
+
+class TextEncoder:
+    """A language model cut to the layers that are used, with its tokenizer.
+
+    Args:
+        model: transformers' ``MistralModel`` or ``Qwen3Model`` without final norm.
+        tokenizer: of the same family.
+        config: layers that are stacked, and the number of tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PromptTokenizer, config: TextEncoderConfig) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and embeddings."""
+        return self.model.get_input_embeddings().weight.dtype  # pyright: ignore[reportReturnType]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportReturnType]
+
+    def to(self, device: str | torch.device) -> TextEncoder:
+        """Moves the weights and returns itself."""
+        nn.Module.to(self.model, device)
+        return self
+
+    def encode(self, prompts: Sequence[str]) -> TextEncoding:
+        """Embeds prompts, empty ones included, without gradients.
+
+        The result can be used in training even when called inside ``torch.inference_mode``.
+
+        Raises:
+            ValueError: ``prompts`` is a single string or holds nothing.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts must be a list of at least one prompt, got {prompts!r}")
+        with torch.inference_mode(False), torch.no_grad():
+            tokens = self.tokenizer(prompts, self.config.max_tokens)
+            attention_mask = tokens.attention_mask.to(self.device)
+            output = self.model(
+                input_ids=tokens.ids.to(self.device),
+                attention_mask=attention_mask,
+                output_hidden_states=True,
+                use_cache=False,
+            )
+            states = output.hidden_states  # state 0 is the token embedding, state k the output of layer k
+            embeddings = torch.cat([states[layer] for layer in self.config.layers], dim=-1)
+        return TextEncoding(embeddings=embeddings, attention_mask=attention_mask, num_cut=tokens.num_cut)
+
+
+def load_text_encoder(
+    path: str | Path,
+    config: TextEncoderConfig | None = None,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> TextEncoder:
+    """Loads a text encoder and its tokenizer.
+
+    Args:
+        path: a Hugging Face folder, a diffusers repository with ``text_encoder`` and ``tokenizer`` in it, a shard, or
+            a single file as ComfyUI uses it. Layers that are not used may be missing; fp8 weights with scales
+            are multiplied out.
+        config: what the DiT needs; None takes what fits the file.
+        tokenizer: folder or file; None looks into and beside the weights, then into the local Hugging Face cache.
+        dtype: of the weights; None keeps the file's, bfloat16 for fp8.
+        device: where the weights go.
+
+    Raises:
+        ValueError: the weights or the tokenizer are missing, incomplete, or of another model than ``config`` needs.
+    """
+    with torch.inference_mode(False):
+        source = TensorSource(path, component="text_encoder")
+        weights = _LanguageModelWeights(source)
+        config = _matching_config(weights, config)
+        settings = _settings(weights, config)
+        embedded = source.get("tekken_model") if "tekken_model" in source.table else None
+        prompt_tokenizer = find_tokenizer(
+            weights.family,
+            explicit=None if tokenizer is None else Path(tokenizer),
+            embedded=None if embedded is None else embedded.numpy().tobytes(),
+            directories=(source.folder, source.folder / "tokenizer", source.folder.parent / "tokenizer"),
+            repository=config.tokenizer_id,
+            vocab_size=weights.vocab_size,
+        )
+        model = _build_model(weights, settings, config.num_layers)
+        _load_weights(model, weights, dtype or weights.dtype, torch.device(device))
+    return TextEncoder(model, prompt_tokenizer, config)
+
+
+class _LanguageModelWeights:
+    """The language model's tensors in a checkpoint, under the names that transformers' bare models use."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self.source = source
+        self.path = path = source.path
+        names = set(source.names)
+        found = [prefix for prefix in PREFIXES if f"{prefix}embed_tokens.weight" in names]
+        if not found or f"{found[0]}layers.0.self_attn.q_proj.weight" not in names:
+            raise ValueError(
+                f"{path} is not a FLUX.2 text encoder: no embed_tokens.weight and layers.0 in it; "
+                "expected a Mistral Small 3 or Qwen3 checkpoint in safetensors"
+            )
+        self.prefix = found[0]
+        self.names = {name.removeprefix(self.prefix): name for name in names if name.startswith(self.prefix)}
+        self.others = [name for name in names if not name.startswith(self.prefix)]
+        self.family: Family = "qwen3" if "layers.0.self_attn.q_norm.weight" in self.names else "mistral"
+        shape = self.shape("embed_tokens.weight")
+        if len(shape) != 2:
+            raise ValueError(f"{path}: {self.prefix}embed_tokens.weight has shape {list(shape)}, expected two axes")
+        self.vocab_size, self.hidden_size = shape
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self.names:
+            raise ValueError(f"{self.path} is incomplete: {self.prefix}{name} is missing")
+        return self.source.table[self.names[name]].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in: the dtype of the weights, bfloat16 where they are fp8."""
+        stored = self.source.dtype(self.names["layers.0.self_attn.q_proj.weight"])
+        return stored if stored in FLOAT_DTYPES else torch.bfloat16
+
+    @property
+    def description(self) -> str:
+        return _describe(self.family, self.hidden_size)
+
+    def check_names(self, needed: set[str], num_layers: int) -> None:
+        """Raises ValueError unless all needed tensors are there and every other one is known."""
+        missing = sorted(needed - set(self.names))
+        if missing:
+            raise ValueError(
+                f"{self.path} is incomplete: {len(missing)} tensors of its first {num_layers} layers are missing, "
+                f"{self.prefix}{missing[0]} among them"
+            )
+        modules = {name.removesuffix(".weight") for name in needed if name.endswith(".weight")}
+        unknown = [
+            self.names[name] for name in set(self.names) - needed if not self._is_known(name, modules, num_layers)
+        ]
+        unknown += [name for name in self.others if not self._is_unused(name)]
+        if unknown:
+            raise ValueError(
+                f"{self.path} holds {len(unknown)} tensors that are not understood, {min(unknown)} among them; "
+                "supported are plain weights and fp8 weights with scales"
+            )
+
+    def _is_known(self, name: str, modules: set[str], num_layers: int) -> bool:
+        module, _, suffix = name.rpartition(".")
+        if module in modules:
+            return f".{suffix}" in (*SCALE_SUFFIXES, *UNUSED_SUFFIXES)
+        layer = name.removeprefix("layers.").partition(".")[0]
+        beyond = name.startswith("layers.") and layer.isdecimal() and int(layer) >= num_layers
+        return beyond or self._is_unused(name)
+
+    def _is_unused(self, name: str) -> bool:
+        parts = UNUSED_PARTS[self.family]
+        return name in UNUSED_NAMES or name.startswith(tuple(prefix + part for prefix in PREFIXES for part in parts))
+
+    def get(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor, multiplied out if it is fp8. It stays mapped to the file where it needs no conversion."""
+        stored = self.source.dtype(self.names[name])
+        if stored not in (*FLOAT_DTYPES, *FLOAT8_DTYPES):
+            raise ValueError(
+                f"{self.names[name]} in {self.path} has the type {self.source.table[self.names[name]].dtype}; "
+                "text encoders are read in F32, BF16, F16, and in F8 with scales"
+            )
+        module = name.removesuffix(".weight")
+        self._check_format(module)
+        scales = [self.names[module + suffix] for suffix in SCALE_SUFFIXES if module + suffix in self.names]
+        weight = self.source.get(self.names[name], mapped=stored == dtype and device.type == "cpu").to(device)
+        if scales:
+            try:
+                weight = _multiply_scale(weight, self.source.get(scales[0]).to(device))
+            except ValueError as error:
+                raise ValueError(f"{scales[0]} in {self.path}: {error}") from error
+        return weight.to(dtype)
+
+    def _check_format(self, module: str) -> None:
+        """ComfyUI names a layer's quantisation format in a small JSON tensor."""
+        name = self.names.get(f"{module}.comfy_quant")
+        if name is None:
+            return
+        try:
+            weight_format = json.loads(self.source.get(name).numpy().tobytes())["format"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{name} in {self.path} is not a description of a weight format") from error
+        if weight_format not in ("float8_e4m3fn", "float8_e5m2"):
+            raise ValueError(
+                f"{self.path} is quantised as {weight_format}; text encoders are read in bf16, fp16, fp32 or scaled fp8"
+            )
+
+
+def _multiply_scale(weight: Tensor, scale: Tensor) -> Tensor:
+    """``weight`` in fp32 times one scale, one for each row, or one for each square block."""
+    if weight.dtype not in FLOAT8_DTYPES or scale.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"a {scale.dtype} scale on {weight.dtype} weights is not supported")
+    weight, scale = weight.float(), scale.float()
+    if scale.numel() == 1:
+        return weight * scale.reshape(())
+    rows, columns = weight.shape
+    if tuple(scale.shape) in ((rows,), (rows, 1)):
+        return weight * scale.reshape(rows, 1)
+    if tuple(scale.shape) == (math.ceil(rows / SCALE_BLOCK), math.ceil(columns / SCALE_BLOCK)):
+        blocks = scale.repeat_interleave(SCALE_BLOCK, 0).repeat_interleave(SCALE_BLOCK, 1)
+        return weight * blocks[:rows, :columns]
+    raise ValueError(f"scales of shape {list(scale.shape)} do not fit weights of shape {[rows, columns]}")
+
+
+def _matching_config(weights: _LanguageModelWeights, config: TextEncoderConfig | None) -> TextEncoderConfig:
+    if config is None:
+        for known in CONFIGS:
+            if (known.family, known.hidden_size) == (weights.family, weights.hidden_size):
+                return known
+        needed = ", ".join(_describe(known.family, known.hidden_size) for known in CONFIGS)
+        raise ValueError(f"{weights.path} is {weights.description}, no text encoder of FLUX.2; these are: {needed}")
+    if (config.family, config.hidden_size) != (weights.family, weights.hidden_size):
+        raise ValueError(
+            f"{weights.path} is {weights.description}, but this FLUX.2 model needs "
+            f"{_describe(config.family, config.hidden_size)}"
+        )
+    return config
+
+
+def _settings(weights: _LanguageModelWeights, config: TextEncoderConfig) -> LanguageModelSettings:
+    """From config.json where that belongs to the weights, else from the table of known models."""
+    file = weights.source.folder / "config.json"
+    if file.is_file():
+        data = read_json_object(file)
+        data = data.get("text_config", data)
+        same = isinstance(data, dict) and data.get("hidden_size") == weights.hidden_size
+        if same and data.get("model_type") == weights.family:
+            return _settings_from_json(data, file, config.max_tokens)
+    known = KNOWN_SETTINGS.get((weights.family, weights.hidden_size))
+    if known is None:
+        raise ValueError(f"{weights.path} is {weights.description}; put its config.json beside it")
+    return known
+
+
+def _settings_from_json(data: dict[str, Any], file: Path, max_tokens: int) -> LanguageModelSettings:
+    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    window = data.get("sliding_window") if data.get("use_sliding_window", True) else None
+    try:
+        unsupported = {
+            "rope_type": rope.get("rope_type", rope.get("type", "default")) not in ("default", None),
+            "sliding_window": window is not None and window < max_tokens,
+            "hidden_act": data.get("hidden_act", "silu") != "silu",
+        }
+        num_heads = int(data["num_attention_heads"])
+        settings = LanguageModelSettings(
+            rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else data["rope_theta"]),
+            rms_norm_eps=float(data["rms_norm_eps"]),
+            num_heads=num_heads,
+            num_key_value_heads=int(data.get("num_key_value_heads") or num_heads),
+            head_dim=int(data.get("head_dim") or data["hidden_size"] // num_heads),
+        )
+        valid = all(value > 0 for value in vars(settings).values()) and settings.head_dim % 2 == 0
+        valid = valid and settings.num_heads % settings.num_key_value_heads == 0
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{file} is no usable configuration of a language model: {error!r}") from error
+    if not valid:
+        raise ValueError(f"{file} holds values that no language model can have: {settings}")
+    if refused := [name for name, is_unsupported in unsupported.items() if is_unsupported]:
+        raise ValueError(f"{file}: {', '.join(refused)} is set to something FLUX.2's text encoders do not use")
+    return settings
+
+
+def _build_model(weights: _LanguageModelWeights, settings: LanguageModelSettings, num_layers: int) -> PreTrainedModel:
+    """The network with ``num_layers`` layers, weights on the meta device."""
+    from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model
+
+    shape: dict[str, Any] = {
+        "vocab_size": weights.vocab_size,
+        "hidden_size": weights.hidden_size,
+        "intermediate_size": weights.shape("layers.0.mlp.gate_proj.weight")[0],
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": settings.num_heads,
+        "num_key_value_heads": settings.num_key_value_heads,
+        "head_dim": settings.head_dim,
+        "rms_norm_eps": settings.rms_norm_eps,
+        "rope_theta": settings.rope_theta,
+        "sliding_window": None,
+        "attn_implementation": "sdpa",
+    }
+    is_qwen3 = weights.family == "qwen3"
+    with torch.device("meta"):
+        model: Any = Qwen3Model(Qwen3Config(**shape)) if is_qwen3 else MistralModel(MistralConfig(**shape))
+    # transformers puts the final norm on the last state, which here is that of an inner layer.
+    model.norm = nn.Identity()
+    # Its frequencies are computed, not loaded: they must not stay on the meta device.
+    model.rotary_emb = type(model.rotary_emb)(config=model.config)
+    lowest = settings.rope_theta ** (2 / settings.head_dim - 1)
+    assert math.isclose(model.rotary_emb.inv_freq[-1].item(), lowest, rel_tol=1e-4), "rope_theta was not taken"
+    return model
+
+
+def _load_weights(
+    model: PreTrainedModel, weights: _LanguageModelWeights, dtype: torch.dtype, device: torch.device
+) -> None:
+    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    weights.check_names(set(needed), model.config.num_hidden_layers)
+    for name, expected in needed.items():
+        if (shape := weights.shape(name)) != expected:
+            raise ValueError(
+                f"{weights.prefix}{name} in {weights.path} has shape {list(shape)}, expected {list(expected)} for "
+                f"{weights.description}"
+            )
+    state = {name: weights.get(name, dtype, device) for name in needed}
+    model.load_state_dict(state, strict=True, assign=True)
+    model.rotary_emb.to(device)
+    model.requires_grad_(False)
+    model.eval()
+
+
+def _describe(family: Family, hidden_size: int) -> str:
+    text = f"{'Mistral' if family == 'mistral' else 'Qwen3'} with hidden size {hidden_size}"
+    name = MODEL_NAMES.get((family, hidden_size))
+    return f"{name}, {text}" if name else text

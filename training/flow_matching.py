@@ -1,0 +1,22 @@
+"""Flow matching as FLUX.2 is trained: ``x_sigma = (1 - sigma) x0 + sigma noise``, target ``noise - x0`` (pure functions)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Noisy latents at noise level sigma ``[B]``, 0 clean and 1 pure noise."""
+    sigma = sigma.view(-1, *[1] * (latents.dim() - 1))
+    return (1 - sigma) * latents + sigma * noise
+
+
+def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
+    """What the DiT learns to predict."""
+    return noise - latents
+
+
+def shift_sigmas(uniform: Tensor, shift: float) -> Tensor:
+    """Uniform numbers in 0..1 to the sigma density of a schedule with this shift (see `schedule.sigma_schedule`)."""
+    return shift * uniform / (1 + (shift - 1) * uniform)
