@@ -16,8 +16,8 @@ def rope_table(ids: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
         theta: base of the frequencies.
 
     Returns:
-        ``[2, N, sum(axes) / 2]``, fp32: cosines, then sines, of ``position * theta ** (-2 i / axis)``. Angles are taken in
-        fp64, as in the reference (github.com/black-forest-labs/flux2, ``src/flux2/model.py``).
+        ``[2, N, sum(axes) / 2]``, fp32: cosines, then sines, of ``position * theta ** (-2 i / axis)``. Angles are
+        taken in fp64, as in the reference (github.com/black-forest-labs/flux2, ``src/flux2/model.py``).
     """
     angles = []
     for axis, channels in enumerate(axes):

@@ -234,7 +234,9 @@ class Flux2DiT(nn.Module):
 
         Padding in the text is attended to like any token: the released weights were trained that way.
         """
-        assert (guidance is not None) == self.config.has_guidance_embedder, "guidance and the guidance embedder go together"
+        assert (guidance is not None) == self.config.has_guidance_embedder, (
+            "guidance and the guidance embedder go together"
+        )
         dtype = tokens.dtype
 
         vec = self.time_in(sinusoidal_embedding(sigma).to(dtype))

@@ -34,12 +34,15 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         with Image.open(path) as image:
             if image.width * image.height > MAX_FILE_PIXELS:
                 raise ValueError(
-                    f"{path} claims {image.width}x{image.height} px; at most {MAX_FILE_PIXELS} px are read. Scale it down."
+                    f"{path} claims {image.width}x{image.height} px; at most {MAX_FILE_PIXELS} px are read. "
+                    "Scale it down."
                 )
             image.load()
             return to_rgb(image)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture ({error}); give a whole PNG, JPEG or WebP file") from error
+        raise ValueError(
+            f"{path} cannot be read as a picture ({error}); give a whole PNG, JPEG or WebP file"
+        ) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -58,7 +61,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture to ``[1, 3, H, W]`` in -1..1, fp32; every one of the 256 levels comes back through `tensor_to_images`."""
+    """RGB picture to ``[1, 3, H, W]`` in -1..1, fp32; all 256 levels come back through `tensor_to_images`."""
     values = np.array(image.convert("RGB"), dtype=np.float32)
     return torch.from_numpy(values).permute(2, 0, 1).unsqueeze(0) / 127.5 - 1
 
@@ -72,7 +75,7 @@ def tensor_to_images(pictures: Tensor) -> list[Image.Image]:
 def reference_size(width: int, height: int, max_pixels: int | None) -> tuple[int, int]:
     """The size (width, height) to which a reference is scaled before the crop to multiples of 16.
 
-    The aspect stays; a picture of at most `max_pixels` is never scaled up; None keeps any size. Rule:
+    The aspect stays; nothing is ever scaled up; None for `max_pixels` keeps any size. Rule:
     github.com/black-forest-labs/flux2, ``src/flux2/sampling.py``.
 
     Raises:
@@ -83,7 +86,8 @@ def reference_size(width: int, height: int, max_pixels: int | None) -> tuple[int
     aspect = max(width, height) / min(width, height)
     if aspect > MAX_ASPECT:
         raise ValueError(
-            f"a reference is {width}x{height} px, a ratio of {aspect:.1f}; at most {MAX_ASPECT:.0f} is allowed. Crop it."
+            f"a reference is {width}x{height} px, a ratio of {aspect:.1f}; "
+            f"at most {MAX_ASPECT:.0f} is allowed. Crop it."
         )
     if max_pixels is None or width * height <= max_pixels:
         return width, height
@@ -102,16 +106,15 @@ def fit_reference(image: Image.Image, max_pixels: int | None) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def check_picture_size(width: int, height: int) -> None:
-    """Refuses sizes that the model cannot make.
+def check_picture_side(name: str, side: int) -> None:
+    """Refuses a width or height, in pixels, that the model cannot make.
 
     Raises:
-        ValueError: a side under 64 px or not a multiple of 16.
+        ValueError: it is under 64 px or not a multiple of 16.
     """
-    for name, side in (("width", width), ("height", height)):
-        if side < MIN_SIDE or side % PIXELS_PER_LATENT:
-            near = max(MIN_SIDE, round(side / PIXELS_PER_LATENT) * PIXELS_PER_LATENT)
-            raise ValueError(
-                f"the {name} is {side} px; it must be a multiple of {PIXELS_PER_LATENT} and at least {MIN_SIDE}. "
-                f"The nearest is {near}."
-            )
+    if side < MIN_SIDE or side % PIXELS_PER_LATENT:
+        near = max(MIN_SIDE, round(side / PIXELS_PER_LATENT) * PIXELS_PER_LATENT)
+        raise ValueError(
+            f"the {name} is {side} px; it must be a multiple of {PIXELS_PER_LATENT} and at least {MIN_SIDE}. "
+            f"The nearest is {near}."
+        )

@@ -1,7 +1,7 @@
 """Latents to tokens and back, position ids, noise (pure functions).
 
-Latents are ``[B, 128, h, w]``; tokens are ``[B, h * w, 128]`` in row-major order. A position id is (t, h, w, l): t = 0 for
-the picture and 10, 20, ... for references; l counts text tokens.
+Latents are ``[B, 128, h, w]``; tokens are ``[B, h * w, 128]`` in row-major order. A position id is (t, h, w, l):
+t = 0 for the picture and 10, 20, ... for references; l counts text tokens.
 """
 
 from __future__ import annotations

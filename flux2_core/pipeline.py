@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .autoencoder import PIXELS_PER_LATENT, Flux2Autoencoder
 from .dit import Flux2DiT
-from .images import check_picture_size, fit_reference, image_to_tensor, tensor_to_images
+from .images import check_picture_side, fit_reference, image_to_tensor, tensor_to_images
 from .latents import MAX_SEED, seed_noise
 from .sampling import StepCallback, denoise
 from .schedule import sigma_schedule
 from .text_encoder import TextEncoder
-from .variants import Variant
+from .variants import Variant, get_variant
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +64,9 @@ class SamplingConfig:
             raise ValueError(f"the seed is {self.seed}; it must lie in 0..{MAX_SEED}")
         if self.num_images < 1:
             raise ValueError(f"the number of images is {self.num_images}; it must be at least 1")
-        for side in (self.width, self.height):
+        for name, side in (("width", self.width), ("height", self.height)):
             if side is not None:
-                check_picture_size(side, side)
+                check_picture_side(name, side)
 
     def resolved(self, variant: Variant) -> SamplingConfig:
         """The same with every None replaced by the variant's default.
@@ -76,7 +76,8 @@ class SamplingConfig:
         """
         if self.guidance is not None and variant.guidance is None:
             raise ValueError(
-                f"guidance is {self.guidance}, but {variant.name} has no guidance embedder; use cfg_scale, or leave it out"
+                f"guidance is {self.guidance}, but {variant.name} has no guidance embedder; "
+                "use cfg_scale, or leave it out"
             )
         return SamplingConfig(
             width=self.width or variant.default_size,
@@ -300,8 +301,9 @@ def load_pipeline(
         ValueError: weights that are missing, damaged, or of another model.
     """
     from .checkpoint import load_autoencoder, load_dit
+    from .detect import resolve_variant
+    from .tensor_source import TensorSource
     from .text_encoder import load_text_encoder
-    from .variants import get_variant
     from .weights import find_weights
 
     if variant is None:
@@ -309,21 +311,30 @@ def load_pipeline(
     if variant == "auto" and dit is None:
         raise ValueError("the variant 'auto' is told from a DiT file, but none was given; give one or name the variant")
     models = Path(models_dir) if models_dir is not None else None
-    if variant != "auto":
-        dit = find_weights(get_variant(variant), "dit", Path(dit) if dit else None, models)
-    assert dit is not None
-    network, resolved = load_dit(Path(dit), variant, dtype=dtype, device=device)
+
+    # 1. Find and check everything by headers first: loading takes minutes.
+    if variant == "auto" and dit is not None:
+        resolved = resolve_variant(TensorSource(dit, component="dit"))
+    else:
+        resolved = get_variant(variant)
+    dit_path = find_weights(resolved, "dit", Path(dit) if dit else None, models)
     ae_path = find_weights(resolved, "autoencoder", Path(autoencoder) if autoencoder else None, models)
     text_path = find_weights(resolved, "text_encoder", Path(text_encoder) if text_encoder else None, models)
+    resolve_variant(TensorSource(dit_path, component="dit"), resolved.name)
+
+    # 2. Load, small to large, so that a file of another kind is told early.
+    loaded_autoencoder = load_autoencoder(ae_path, device=device)
+    # No tensor tells to which size references were scaled in training; it goes with the DiT.
+    reference_sides = resolved.autoencoder.reference_sides
+    loaded_autoencoder.config = replace(loaded_autoencoder.config, reference_sides=reference_sides)
+    loaded_text_encoder = load_text_encoder(
+        text_path,
+        resolved.text_encoder,
+        tokenizer=Path(tokenizer) if tokenizer else None,
+        dtype=dtype,
+        device=device,
+    )
+    network, _ = load_dit(dit_path, resolved.name, dtype=dtype, device=device)
     return Flux2Pipeline(
-        variant=resolved,
-        dit=network,
-        autoencoder=load_autoencoder(ae_path, device=device),
-        text_encoder=load_text_encoder(
-            text_path,
-            resolved.text_encoder,
-            tokenizer=Path(tokenizer) if tokenizer else None,
-            dtype=dtype,
-            device=device,
-        ),
+        variant=resolved, dit=network, autoencoder=loaded_autoencoder, text_encoder=loaded_text_encoder
     )

@@ -12,7 +12,7 @@ from .dit import Flux2DiT
 from .latents import image_ids, latents_to_tokens, reference_tokens, text_ids, tokens_to_latents
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - no error: the user asked for it
     """`should_stop` answered yes; nothing was written."""
 
 

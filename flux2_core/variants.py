@@ -132,9 +132,7 @@ AUTOENCODER_FILE = RemoteFile(
 )
 
 
-def _klein(
-    name: str, repository: str, filename: str, *, dit: DiTConfig, distilled: bool, license: str
-) -> Variant:
+def _klein(name: str, repository: str, filename: str, *, dit: DiTConfig, distilled: bool, license: str) -> Variant:
     return Variant(
         name=name,
         dit=dit,

@@ -1,8 +1,10 @@
-"""Flow matching as FLUX.2 is trained: ``x_sigma = (1 - sigma) x0 + sigma noise``, target ``noise - x0`` (pure functions)."""
+"""Flow matching as FLUX.2 is trained (pure functions).
+
+``x_sigma = (1 - sigma) x0 + sigma noise``; the network learns ``noise - x0``.
+"""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 

@@ -1,4 +1,4 @@
-"""Saves and restores everything that a training run needs to go on: weights, optimiser state, step, random generators."""
+"""Saves and restores all that a training run needs to go on: weights, optimiser state, step, random generators."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ def load_train_state(
 ) -> int:
     """Restores what `save_train_state` wrote and returns the number of steps already done."""
     with safe_open(str(path), framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the handle is no mapping
         numbers = json.loads(file.metadata()["numbers"])
     for name, module in modules.items():
         prefix = f"module/{name}/"
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         module.load_state_dict(state, strict=True)
     for name, optimizer in optimizers.items():
-        state: dict[int, dict[str, Any]] = {}
+        per_parameter: dict[int, dict[str, Any]] = {}
         for key, value in (tensors | numbers).items():
             if key.startswith(f"optimizer/{name}/"):
                 index, field = key.removeprefix(f"optimizer/{name}/").split("/")
-                state.setdefault(int(index), {})[field] = value
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+                per_parameter.setdefault(int(index), {})[field] = value
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": per_parameter})
     for name, generator in generators.items():
         generator.set_state(tensors[f"generator/{name}"])
     return numbers["step"]

@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flux2_kit.training.tiny", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make", help="train autoencoder, DiT and text encoder, and write the assets")
-    make.add_argument("--work_dir", type=Path, required=True, help="training states are kept here; a second run goes on")
+    make.add_argument(
+        "--work_dir", type=Path, required=True, help="training states are kept here; a second run goes on"
+    )
     make.add_argument("--output_dir", type=Path, default=TINY_FOLDER, help="where the assets go (default: the package)")
     make.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     evaluate = commands.add_parser("evaluate", help="measure the bundled model on held-out combinations")

@@ -107,7 +107,7 @@ def combination_of(first: Scene, second: Scene, rng: random.Random) -> Example:
 
 
 def article(word: str) -> str:
-    """"an" before a vowel, "a" elsewhere."""
+    """ "an" before a vowel, "a" elsewhere."""
     return "an" if word[0] in "aeiou" else "a"
 
 

@@ -18,8 +18,18 @@ from ...flux2_core.autoencoder import Flux2Autoencoder
 from ...flux2_core.images import image_to_tensor, tensor_to_images
 from ...flux2_core.pipeline import Flux2Pipeline, SamplingConfig, sample_latents
 from .captions import Example, combination_of, edit_of, full_caption
-from .pictures import COLORS, KINDS, POSITIONS, SIZES, Scene, all_scenes, color_values, draw_scenes, held_out_scenes
-from .pictures import scene_masks
+from .pictures import (
+    COLORS,
+    KINDS,
+    POSITIONS,
+    SIZES,
+    Scene,
+    all_scenes,
+    color_values,
+    draw_scenes,
+    held_out_scenes,
+    scene_masks,
+)
 
 BATCH_SIZE = 50
 EDITED_ATTRIBUTES = ("color", "background", "kind", "position")

@@ -1,7 +1,7 @@
 """The procedural pictures of the bundled tiny model: one shape on a plain background, 64x64 px.
 
-A picture is fully described by a `Scene`. All masks are drawn once by supersampling; a batch is then composed from masks
-and colours, which costs next to nothing.
+A picture is fully described by a `Scene`. All masks are drawn once by supersampling; a batch is then composed from
+masks and colours, which costs next to nothing.
 """
 
 from __future__ import annotations

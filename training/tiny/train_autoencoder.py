@@ -39,8 +39,8 @@ class AutoencoderTrainConfig:
     num_warmup_steps: int = 300
     kl_weight: float = 1e-6
     latent_noise: float = 0.3
-    """Half of a batch gets normal noise of up to this deviation on its normalised latents. The decoder then forgives small
-    errors of the DiT, and what matters in a picture gets the large latents."""
+    """Half of a batch gets normal noise of up to this deviation on its normalised latents. The decoder then forgives
+    small errors of the DiT, and what matters in a picture gets the large latents."""
     random_fraction: float = 0.25
     """Share of pictures with a shape of random place, width, angle and colours, outside the domain."""
     num_random_masks: int = 6144
@@ -63,7 +63,7 @@ class PictureSampler:
         self.random_masks = draw_random_masks(config.num_random_masks, drawing).to(device)
 
     def sample(self, num_pictures: int, generator: torch.Generator) -> Tensor:
-        num_random = int(round(num_pictures * self.config.random_fraction))
+        num_random = round(num_pictures * self.config.random_fraction)
         rows = torch.randint(len(self.scenes), (num_pictures - num_random,), generator=generator)
         mask, color, background = self.scenes[rows.to(self.device)].unbind(1)
         domain = compose(self.masks[mask], self.palette[color], self.palette[background])
