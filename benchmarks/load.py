@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -42,8 +43,8 @@ def write_checkpoint(path: Path, gib: float, layout: str, precision: str) -> int
     from flux2_kit.flux2_core.files import write_safetensors
     from flux2_kit.flux2_core.state_dict import convert
 
-    # A double block has 52 hidden^2 parameters, a single one 13 hidden^2.
-    num_single_blocks = max(1, round((gib * 2**30 / 2 - 2 * 52 * HIDDEN**2) / (13 * HIDDEN**2)))
+    # A double block has 26 hidden^2 parameters, a single one 13 hidden^2.
+    num_single_blocks = max(1, math.ceil((gib * 2**30 / 2 - 2 * 26 * HIDDEN**2) / (13 * HIDDEN**2)))
     variant = small_variant(num_single_blocks)
     with torch.device("meta"):
         dit = Flux2DiT(variant.dit)

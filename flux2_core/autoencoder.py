@@ -207,12 +207,7 @@ class Flux2Autoencoder(nn.Module):
 
         The posterior mean is taken, as BFL and diffusers do: encoding is deterministic.
         """
-        height, width = images.shape[-2:]
-        if height % PIXELS_PER_LATENT or width % PIXELS_PER_LATENT:
-            raise ValueError(
-                f"the autoencoder got a picture of {width}x{height} px; both sides must be multiples of "
-                f"{PIXELS_PER_LATENT}. Resize or crop it first."
-            )
+        check_sides(images)
         weight = self.encoder.conv_in.weight
         moments = self.encoder(images.to(weight.device, weight.dtype))
         mean = moments.chunk(2, dim=1)[0].float()
@@ -226,6 +221,7 @@ class Flux2Autoencoder(nn.Module):
 
     def encode_tiled(self, images: Tensor) -> Tensor:
         """Like `encode`, in overlapping tiles of 1024 px; memory does not grow with the picture."""
+        check_sides(images)  # before the cut: a tile of a wrong size may look right
         return blend_tiles(images, self.encode, size_in=PIXELS_PER_LATENT, size_out=1)
 
     def decode_tiled(self, latents: Tensor) -> Tensor:
@@ -249,6 +245,20 @@ class Flux2Autoencoder(nn.Module):
         return mean.float().view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
 
+def check_sides(images: Tensor) -> None:
+    """Refuses pictures ``[B, 3, H, W]`` that do not fall into whole latent positions.
+
+    Raises:
+        ValueError: H or W is no multiple of 16.
+    """
+    height, width = images.shape[-2:]
+    if height % PIXELS_PER_LATENT or width % PIXELS_PER_LATENT:
+        raise ValueError(
+            f"the autoencoder got a picture of {width}x{height} px; both sides must be multiples of "
+            f"{PIXELS_PER_LATENT}. Resize or crop it first."
+        )
+
+
 def blend_tiles(x: Tensor, fn: Callable[[Tensor], Tensor], *, size_in: int, size_out: int) -> Tensor:
     """Applies `fn` to overlapping tiles of ``[B, C, H, W]`` and blends the results with linear ramps.
 
@@ -259,6 +269,8 @@ def blend_tiles(x: Tensor, fn: Callable[[Tensor], Tensor], *, size_in: int, size
         size_out: elements of the result per latent position and side.
     """
     rows, columns = (tile_starts(side // size_in) for side in x.shape[-2:])
+    if len(rows) == len(columns) == 1:
+        return fn(x)
     height, width = (side // size_in * size_out for side in x.shape[-2:])
     total = weights = None
     for row in rows:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,10 @@ AUTOENCODER_MISSING_ALLOWED = frozenset({"bn.num_batches_tracked"})
 MAPPED_FROM_BYTES = 2**30
 """Files of this size or more are mapped where they can be. Smaller ones are copied: that costs a fraction of a second,
 and memory of our own is aligned, so that a CPU computes the same last bits from a file as from a fresh model."""
+DEQUANTISE_BYTES = 2**24
+"""Weights are multiplied out in fp32 in slices of about this size: a whole fp32 weight would double the peak."""
+MAX_FORMAT_BYTES = 4096
+"""A layer's description of its format is a line of JSON."""
 FLOAT_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 FLOAT8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
@@ -123,7 +128,9 @@ def autoencoder_config(source: TensorSource, shapes: Mapping[str, tuple[int, ...
             f"{source.path}: widths {sorted(set(widths))} are no multiples of {config.num_norm_groups} normalisation "
             "groups; the metadata key flux2_kit.num_norm_groups must name a number that divides them"
         )
-    return config
+    # How large a reference may be is no matter of shapes: the tiny model's limit comes from the table.
+    known = (variant.autoencoder for variant in VARIANTS.values())
+    return next((k for k in known if replace(config, reference_sides=k.reference_sides) == k), config)
 
 
 def save_dit(
@@ -206,25 +213,30 @@ def _read(
     kept_as_is = kept_as_is and source.num_bytes >= MAPPED_FROM_BYTES
     tensor = source.get(name, mapped=kept_as_is)
     if scale is not None:
-        tensor = _dequantise(name, tensor.to(device), source.get(scale).to(device))
+        return _dequantise(name, tensor.to(device), source.get(scale).to(device), dtype)
     return tensor.to(device=device, dtype=dtype)
 
 
-def _dequantise(name: str, weight: Tensor, scale: Tensor) -> Tensor:
-    """``weight * scale`` in fp32; one scale for the tensor, one per row, or one per block of columns of a row."""
-    scale = scale.float()
-    values = weight.to(torch.float32, copy=True)
-    if scale.numel() == 1:
-        return values.mul_(scale.reshape(()))
-    if scale.numel() == values.shape[0]:
-        return values.mul_(scale.reshape(-1, *(1 for _ in values.shape[1:])))
-    blocks = scale.numel() // values.shape[0]
-    if values.dim() == 2 and scale.shape[0] == values.shape[0] and blocks and values.shape[1] % blocks == 0:
-        return values.unflatten(1, (blocks, -1)).mul_(scale.reshape(values.shape[0], blocks, 1)).flatten(1)
-    raise ValueError(
-        f"{name}: a scale of shape {tuple(scale.shape)} does not fit a weight of shape {tuple(weight.shape)}; scales "
-        "per tensor, per row and per block of columns are read. Give the bf16 file."
+def _dequantise(name: str, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight * scale``, computed in fp32; one scale for the tensor, one per row, or one per block of columns."""
+    rows = weight.shape[0]
+    flat = weight.reshape(rows, -1)
+    blocks = max(1, scale.numel() // rows)
+    if scale.numel() != 1 and (scale.shape[0] != rows or scale.numel() != rows * blocks or flat.shape[1] % blocks):
+        raise ValueError(
+            f"{name}: a scale of shape {tuple(scale.shape)} does not fit a weight of shape {tuple(weight.shape)}; "
+            "scales per tensor, per row and per block of columns are read, give the bf16 file"
+        )
+    scale = (
+        scale.float().reshape(-1, 1, 1).expand(rows, 1, 1) if scale.numel() == 1 else scale.float().view(rows, -1, 1)
     )
+    result = torch.empty_like(flat, dtype=dtype)
+    rows_at_once = max(1, DEQUANTISE_BYTES // (4 * flat.shape[1]))
+    for start in range(0, rows, rows_at_once):
+        part = slice(start, start + rows_at_once)
+        values = flat[part].float().unflatten(1, (scale.shape[1], -1)).mul_(scale[part])
+        result[part] = values.flatten(1)
+    return result.view(weight.shape)
 
 
 # Under inference mode, as inside a ComfyUI node, the weights would be barred from any later training.
@@ -289,7 +301,9 @@ def _check_quantisation(source: TensorSource, description: FileDescription, step
                 stored = source.table[scale].dtype
                 raise ValueError(f"{source.path}: {name} has scales ({stored}) of a kind that is not read; {advice}")
     for name in quantisation.formats:
-        text = bytes(source.get(name).flatten().tolist()).decode("utf-8", "replace")
+        entry = source.table[name]
+        readable = entry.dtype == "U8" and entry.num_bytes <= MAX_FORMAT_BYTES
+        text = bytes(source.get(name).flatten().tolist()).decode("utf-8", "replace") if readable else "unreadable"
         if "float8_e" not in text:
             raise ValueError(f"{source.path}: {name} names the format {text[:80]}, which is not read; {advice}")
 

@@ -218,7 +218,7 @@ def _dit_candidates(
     try:
         shape = _dit_shape(source, description)
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
-        return ()
+        return ()  # to describe a damaged file is no error; to load it is, and says what is wrong
     return tuple(
         name for name, variant in variants.items() if all(getattr(variant.dit, key) == shape[key] for key in shape)
     )
@@ -250,6 +250,8 @@ def _shape_summary(source: TensorSource, description: FileDescription) -> str:
         return ", ".join(f"{key} {value}" for key, value in _dit_shape(source, description).items())
     except (KeyError, IndexError, ZeroDivisionError) as error:
         return f"incomplete, at {error}"
+    except ValueError as error:
+        return str(error)
 
 
 def _count_blocks(shapes: Mapping[str, Any], stem: str) -> int:

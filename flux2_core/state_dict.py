@@ -70,9 +70,15 @@ class Step:
         return tensor
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
-        """The target's shape from the sources' shapes."""
+        """The target's shape from the sources' shapes.
+
+        Raises:
+            ValueError: tensors to join are not of one shape.
+        """
         first = shapes[0]
         if self.operation == "join":
+            if len(set(shapes)) > 1 or not first:
+                raise ValueError(f"{', '.join(self.sources)} must have one shape, got {', '.join(map(str, shapes))}")
             return (sum(shape[0] for shape in shapes), *first[1:])
         if self.operation == "part":
             return (first[0] // self.part[1], *first[1:])

@@ -460,6 +460,14 @@ def test_a_tensor_of_another_shape_is_named(tmp_path, dit):
         load(tmp_path / "klein-4b.safetensors")
 
 
+def test_parts_of_a_fused_tensor_of_unlike_shapes(tmp_path, dit):
+    state = {k: v.clone() for k, v in convert(bfl_state(dit), "dit", "bfl", "diffusers").items()}
+    state["transformer_blocks.0.attn.to_k.weight"] = torch.ones(64, 32)
+    save_file(state, tmp_path / "klein-4b.safetensors")
+    with pytest.raises(ValueError, match="must have one shape"):
+        load(tmp_path / "klein-4b.safetensors")
+
+
 def test_an_incomplete_autoencoder(tmp_path, autoencoder):
     state = {k: v.clone() for k, v in autoencoder.state_dict().items() if not k.startswith("decoder.conv_in")}
     save_file(state, tmp_path / "ae.safetensors", {"flux2_kit.num_norm_groups": "4"})

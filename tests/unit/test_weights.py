@@ -153,7 +153,7 @@ def test_the_message_says_where_it_looked_and_what_to_do(tmp_path, cache):
 
 def test_tiny_is_bundled(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "TINY_FOLDER", tmp_path)
-    with pytest.raises(ValueError, match="install FLUX.2 Kit again"):
+    with pytest.raises(ValueError, match=r"install FLUX.2 Kit again"):
         find_weights(VARIANTS["tiny"], "dit")
     (tmp_path / "text_encoder").mkdir()
     assert find_weights(VARIANTS["tiny"], "text_encoder") == tmp_path / "text_encoder"
@@ -203,12 +203,12 @@ def test_download_fetches_the_plan_and_reports_bytes(monkeypatch):
 
 
 def test_download_refused_failed_and_changed(monkeypatch):
-    class Refused(GatedRepoError):
+    class RefusedError(GatedRepoError):
         def __init__(self) -> None:
             Exception.__init__(self, "403")
 
     def refuse(*_: object, **__: object) -> None:
-        raise Refused
+        raise RefusedError
 
     def disconnect(*_: object, **__: object) -> None:
         raise ConnectionResetError("the line went dead")

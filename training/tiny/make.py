@@ -15,7 +15,7 @@ from ...flux2_core.files import write_safetensors, write_text
 from ...flux2_core.variants import VARIANTS
 from ...flux2_core.weights import TINY_FILES
 from .tokenizer import write_tokenizer
-from .train_autoencoder import AutoencoderTrainConfig, train_autoencoder
+from .train_autoencoder import AutoencoderTrainConfig, train_autoencoder, train_decoder
 from .train_dit import DiTTrainConfig, TinyTextEncoder, train_dit
 
 
@@ -27,8 +27,10 @@ def make_tiny_model(
     dit_config: DiTTrainConfig | None = None,
 ) -> None:
     """Runs every stage in order; a stage that a former run finished or began is taken up from `work_dir`."""
-    # 1. The autoencoder, and from here on it is frozen.
-    autoencoder = train_autoencoder(autoencoder_config or AutoencoderTrainConfig(), work_dir, device)
+    # 1. The autoencoder, then its decoder alone: latents are final after the first stage.
+    autoencoder_config = autoencoder_config or AutoencoderTrainConfig()
+    autoencoder = train_autoencoder(autoencoder_config, work_dir, device)
+    autoencoder = train_decoder(autoencoder_config, work_dir, autoencoder, device)
 
     # 2. The tokenizer, from the captions alone.
     write_tokenizer(work_dir / "tokenizer")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...flux2_core.autoencoder import Flux2Autoencoder, pack_2x2, unpack_2x2
 from ...flux2_core.variants import AUTOENCODER_TINY
@@ -33,7 +35,7 @@ logger = logging.getLogger(__name__)
 class AutoencoderTrainConfig:
     """How the tiny autoencoder is trained."""
 
-    num_steps: int = 10_000
+    num_steps: int = 7_000
     batch_size: int = 16
     learning_rate: float = 8e-4
     num_warmup_steps: int = 300
@@ -44,6 +46,10 @@ class AutoencoderTrainConfig:
     random_fraction: float = 0.25
     """Share of pictures with a shape of random place, width, angle and colours, outside the domain."""
     num_random_masks: int = 6144
+    num_decoder_steps: int = 3_000
+    """Steps of a second stage that trains the decoder alone: the latents, and with them the DiT, stay as they are."""
+    decoder_learning_rate: float = 5e-4
+    decoder_latent_noise: float = 0.1
     save_every_steps: int = 500
     seed: int = 0
 
@@ -74,36 +80,88 @@ class PictureSampler:
 
 
 def train_autoencoder(config: AutoencoderTrainConfig, directory: Path, device: torch.device) -> Flux2Autoencoder:
-    """Trains to the end, going on from ``directory/autoencoder-state.safetensors`` where that file exists."""
+    """Trains encoder and decoder, going on from ``directory/autoencoder-state.safetensors`` where that file exists."""
     torch.manual_seed(config.seed)
     model = Flux2Autoencoder(AUTOENCODER_TINY).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def loss_fn(images: Tensor, noise: Tensor) -> Tensor:
+        return reconstruction_loss(model, images, config.latent_noise * noise, config.kl_weight)
+
+    stage = Stage(name="autoencoder", num_steps=config.num_steps, learning_rate=config.learning_rate)
+    run_stage(stage, config, directory, model, model, loss_fn, device)
+    return model.eval()
+
+
+def train_decoder(
+    config: AutoencoderTrainConfig, directory: Path, model: Flux2Autoencoder, device: torch.device
+) -> Flux2Autoencoder:
+    """Trains the decoder on, with the encoder frozen and less noise; the round trip gains, no latent changes."""
+    model.requires_grad_(False)
+    model.decoder.requires_grad_(True)
+
+    def loss_fn(images: Tensor, noise: Tensor) -> Tensor:
+        with torch.no_grad():
+            latents = model.encode(images)
+        packed = model.denormalize(latents + config.decoder_latent_noise * noise)
+        return F.mse_loss(model.decoder(unpack_2x2(packed)).float(), images)
+
+    stage = Stage(name="decoder", num_steps=config.num_decoder_steps, learning_rate=config.decoder_learning_rate)
+    run_stage(stage, config, directory, model, model.decoder, loss_fn, device)
+    return model.eval().requires_grad_(True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What the two stages differ in."""
+
+    name: str
+    num_steps: int
+    learning_rate: float
+
+
+def run_stage(
+    stage: Stage,
+    config: AutoencoderTrainConfig,
+    directory: Path,
+    model: Flux2Autoencoder,
+    trained: nn.Module,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    device: torch.device,
+) -> None:
+    """Runs the steps of one stage that are still to do. `loss_fn` gets pictures and noise of level 0..1 or none."""
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     generator = torch.Generator().manual_seed(config.seed + 1)
-    pictures = PictureSampler(config, device)
-    state = {"modules": {"ae": model}, "optimizers": {"adamw": optimizer}, "generators": {"data": generator}}
-    state_path = directory / "autoencoder-state.safetensors"
+    state: dict[str, Any] = {
+        "modules": {"ae": model},
+        "optimizers": {"adamw": optimizer},
+        "generators": {"data": generator},
+    }
+    state_path = directory / f"{stage.name}-state.safetensors"
     first_step = load_train_state(state_path, **state) if state_path.exists() else 0
+    if first_step >= stage.num_steps:
+        return
+    pictures = PictureSampler(config, device)
+    even_rows = torch.arange(config.batch_size).view(-1, 1, 1, 1) % 2 == 0
+    model.train(trained is model)
     started = time.monotonic()
-    for step in range(first_step, config.num_steps):
-        optimizer.param_groups[0]["lr"] = config.learning_rate * _one_cycle(step, config)
+    for step in range(first_step, stage.num_steps):
+        optimizer.param_groups[0]["lr"] = stage.learning_rate * _one_cycle(step, stage.num_steps, config)
         images = pictures.sample(config.batch_size, generator).contiguous(memory_format=torch.channels_last)
-        noise = torch.randn(config.batch_size, 128, 4, 4, generator=generator).to(device)
-        level = config.latent_noise * torch.rand(config.batch_size, 1, 1, 1, generator=generator).to(device)
-        level = torch.where(torch.arange(config.batch_size, device=device).view(-1, 1, 1, 1) % 2 == 0, level, 0.0)
+        noise = torch.randn(config.batch_size, 128, 4, 4, generator=generator)
+        level = torch.rand(config.batch_size, 1, 1, 1, generator=generator) * even_rows
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = reconstruction_loss(model, images, level * noise, config.kl_weight)
+            loss = loss_fn(images, (level * noise).to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         done = step + 1
-        if done % config.save_every_steps == 0 or done == config.num_steps:
+        if done % config.save_every_steps == 0 or done == stage.num_steps:
             save_train_state(state_path, step=done, **state)
             seconds = (time.monotonic() - started) / (done - first_step)
             psnr = round_trip_psnr(model.eval())
-            model.train()
-            logger.info("step %d loss %.5f psnr %.2f dB %.3f s/step", done, loss.item(), psnr, seconds)
-    return model.eval()
+            model.train(trained is model)
+            logger.info("%s step %d loss %.5f psnr %.2f dB %.3f s/step", stage.name, done, loss.item(), psnr, seconds)
 
 
 def reconstruction_loss(model: Flux2Autoencoder, images: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
@@ -118,6 +176,6 @@ def reconstruction_loss(model: Flux2Autoencoder, images: Tensor, noise: Tensor, 
     return F.mse_loss(reconstruction.float(), images) + kl_weight * kl
 
 
-def _one_cycle(step: int, config: AutoencoderTrainConfig) -> float:
+def _one_cycle(step: int, num_steps: int, config: AutoencoderTrainConfig) -> float:
     warmup = min(1.0, (step + 1) / config.num_warmup_steps)
-    return warmup * 0.5 * (1 + math.cos(math.pi * step / config.num_steps))
+    return warmup * 0.5 * (1 + math.cos(math.pi * step / num_steps))

@@ -57,6 +57,8 @@ class DiTTrainConfig:
     ema_decay: float = 0.998
     save_every_steps: int = 500
     seed: int = 0
+    compile: bool = False
+    """Compiles the DiT: two minutes at the start, then a fifth faster on two CPU cores."""
 
 
 class TaskSampler:
@@ -182,6 +184,8 @@ def train_dit(
     }
     state_path = directory / "dit-state.safetensors"
     first_step = load_train_state(state_path, **state) if state_path.exists() else 0
+    if config.compile:
+        dit.compile(dynamic=False)
     base_rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
     if first_step:
         base_rates = {"muon": config.matrix_learning_rate, "adamw": config.learning_rate}
