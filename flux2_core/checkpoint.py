@@ -19,7 +19,8 @@ from .autoencoder import AutoencoderConfig, Flux2Autoencoder
 from .detect import FileDescription, component_steps, describe_other, detect, resolve_variant
 from .dit import Flux2DiT
 from .files import write_safetensors
-from .state_dict import COMFYUI_DIT_PREFIX, Component, Layout, Step, convert, split_quantisation
+from .quantization import FLOAT8_DTYPES, FLOAT_DTYPES, check_format, dequantise, split_quantisation
+from .state_dict import COMFYUI_DIT_PREFIX, Component, Layout, Step, convert
 from .tensor_source import TensorSource
 from .variants import VARIANTS, Variant
 
@@ -28,12 +29,6 @@ AUTOENCODER_MISSING_ALLOWED = frozenset({"bn.num_batches_tracked"})
 MAPPED_FROM_BYTES = 2**30
 """Files of this size or more are mapped where they can be. Smaller ones are copied: that costs a fraction of a second,
 and memory of our own is aligned, so that a CPU computes the same last bits from a file as from a fresh model."""
-DEQUANTISE_BYTES = 2**24
-"""Weights are multiplied out in fp32 in slices of about this size: a whole fp32 weight would double the peak."""
-MAX_FORMAT_BYTES = 4096
-"""A layer's description of its format is a line of JSON."""
-FLOAT_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
-FLOAT8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
 
 def load_dit(
@@ -213,30 +208,11 @@ def _read(
     kept_as_is = kept_as_is and source.num_bytes >= MAPPED_FROM_BYTES
     tensor = source.get(name, mapped=kept_as_is)
     if scale is not None:
-        return _dequantise(name, tensor.to(device), source.get(scale).to(device), dtype)
+        try:
+            return dequantise(tensor.to(device), source.get(scale).to(device), dtype)
+        except ValueError as error:
+            raise ValueError(f"{scale} in {source.path}: {error}; give the bf16 file") from error
     return tensor.to(device=device, dtype=dtype)
-
-
-def _dequantise(name: str, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight * scale``, computed in fp32; one scale for the tensor, one per row, or one per block of columns."""
-    rows = weight.shape[0]
-    flat = weight.reshape(rows, -1)
-    blocks = max(1, scale.numel() // rows)
-    if scale.numel() != 1 and (scale.shape[0] != rows or scale.numel() != rows * blocks or flat.shape[1] % blocks):
-        raise ValueError(
-            f"{name}: a scale of shape {tuple(scale.shape)} does not fit a weight of shape {tuple(weight.shape)}; "
-            "scales per tensor, per row and per block of columns are read, give the bf16 file"
-        )
-    scale = (
-        scale.float().reshape(-1, 1, 1).expand(rows, 1, 1) if scale.numel() == 1 else scale.float().view(rows, -1, 1)
-    )
-    result = torch.empty_like(flat, dtype=dtype)
-    rows_at_once = max(1, DEQUANTISE_BYTES // (4 * flat.shape[1]))
-    for start in range(0, rows, rows_at_once):
-        part = slice(start, start + rows_at_once)
-        values = flat[part].float().unflatten(1, (scale.shape[1], -1)).mul_(scale[part])
-        result[part] = values.flatten(1)
-    return result.view(weight.shape)
 
 
 # Under inference mode, as inside a ComfyUI node, the weights would be barred from any later training.
@@ -301,11 +277,8 @@ def _check_quantisation(source: TensorSource, description: FileDescription, step
                 stored = source.table[scale].dtype
                 raise ValueError(f"{source.path}: {name} has scales ({stored}) of a kind that is not read; {advice}")
     for name in quantisation.formats:
-        entry = source.table[name]
-        readable = entry.dtype == "U8" and entry.num_bytes <= MAX_FORMAT_BYTES
-        text = bytes(source.get(name).flatten().tolist()).decode("utf-8", "replace") if readable else "unreadable"
-        if "float8_e" not in text:
-            raise ValueError(f"{source.path}: {name} names the format {text[:80]}, which is not read; {advice}")
+        if name.startswith(description.prefix):
+            check_format(source, name)
 
 
 def _common_dtype(source: TensorSource, description: FileDescription, steps: list[Step]) -> torch.dtype:

@@ -6,7 +6,6 @@ takes that from the user, the metadata, the files around it, and the file name, 
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .state_dict import Component, Layout, Step, split_quantisation, to_bfl
+from .files import read_json_object
+from .quantization import split_quantisation
+from .state_dict import Component, Layout, Step, to_bfl
 from .variants import VARIANTS, Variant
 
 if TYPE_CHECKING:
@@ -393,12 +394,9 @@ def _variant_in_text(text: str, candidates: tuple[str, ...]) -> str | None:
 def _read_json(path: Path) -> dict[str, Any]:
     """A small JSON object beside the weights; a folder without one, or with a broken one, says nothing."""
     try:
-        if path.stat().st_size > 2**20:
-            return {}
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json_object(path)
+    except (OSError, ValueError):
         return {}
-    return data if isinstance(data, dict) else {}
 
 
 def _few_names(source: TensorSource) -> str:

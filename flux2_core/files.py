@@ -1,18 +1,60 @@
-"""Files are written whole or not at all: into a temporary file beside the target, flushed, then renamed over it."""
+"""Small files are read with a limit on their size, and files are written whole or not at all.
+
+What is written goes into a temporary file beside the target, is flushed, then renamed over it.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+MAX_JSON_BYTES = 8 * 2**20
+"""No configuration beside a model is larger."""
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> Path:
+
+def read_limited(path: Path, max_bytes: int) -> bytes:
+    """The content of a file.
+
+    Raises:
+        ValueError: it is larger than ``max_bytes``.
+    """
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"{path} has {size} bytes, more than the {max_bytes} that such a file may have")
+    return path.read_bytes()
+
+
+def read_json_object(
+    path: Path,
+    max_bytes: int = MAX_JSON_BYTES,
+    object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> dict[str, Any]:
+    """A small JSON file that holds an object.
+
+    Args:
+        object_pairs_hook: as in `json.loads`; may raise ValueError to refuse an object.
+
+    Raises:
+        ValueError: it is too large, no JSON, or no object.
+    """
+    content = read_limited(path, max_bytes)
+    try:
+        data = json.loads(content, object_pairs_hook=object_pairs_hook)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}; download it again") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}")
+    return data
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
     """Calls ``write(temporary_path)`` and renames the result to ``path``; on any failure ``path`` stays as it was.
 
     The temporary file keeps the suffix of ``path``, since some writers choose the format by it.
@@ -23,13 +65,13 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
     temporary = Path(name)
     try:
         write(temporary)
-        with open(temporary, "rb+") as file:
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         if os.name == "posix":
             mask = os.umask(0)
             os.umask(mask)
             temporary.chmod(0o666 & ~mask)  # mkstemp makes files private; ours get the user's usual mode
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return path

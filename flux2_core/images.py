@@ -17,8 +17,8 @@ MIN_SIDE = 64
 """Smallest side of a picture or reference, in pixels."""
 MAX_ASPECT = 8.0
 """Largest ratio of a reference's sides."""
-MAX_FILE_PIXELS = 16_384 * 16_384
-"""A picture file that claims more is refused before it is decoded."""
+MAX_FILE_PIXELS = 12_288 * 12_288
+"""A picture file that claims more is refused before it is decoded (Pillow refuses from 1.2 times this on by itself)."""
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -50,10 +50,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        if image.mode != "F" and values.max(initial=0) > 255:  # 16-bit files keep their full range
+        # 16-bit files keep their full range; Pillow opens some of them as "I", which may hold 8-bit levels as well.
+        if image.mode.startswith("I;16") or (image.mode == "I" and values.max(initial=0) > 255):
             values = values / 257
         image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
-    if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -222,6 +222,7 @@ def check_num_references(num_references: int) -> None:
 @torch.inference_mode()
 def decode_latents(autoencoder: Flux2Autoencoder, latents: Tensor, *, tiled: bool = False) -> list[Image.Image]:
     """Latents ``[B, 128, h, w]`` to RGB pictures, one at a time: memory does not grow with the batch."""
+    check_latents(latents, autoencoder.config.packed_channels, "the input of the decoder")
     decode = autoencoder.decode_tiled if tiled else autoencoder.decode
     return [image for row in latents.split(1) for image in tensor_to_images(decode(row))]
 
@@ -242,11 +243,22 @@ def sample_latents(
     sampling = sampling.resolved(variant)
     assert sampling.width and sampling.height and sampling.num_steps and sampling.cfg_scale is not None
     check_num_references(len(references))
-    check_text(text, variant)
-    if sampling.cfg_scale != 1 and negative_text is None:
-        raise ValueError(
-            f"cfg_scale is {sampling.cfg_scale}, but there is no negative prompt; give one (it may be empty) or set 1"
-        )
+    num_images = sampling.num_images if noise is None else noise.shape[0]
+    for latents in references:
+        check_latents(latents, variant.dit.in_channels, "a reference", num_images)
+    check_text(text, variant, num_images)
+    if sampling.cfg_scale != 1:
+        if negative_text is None:
+            raise ValueError(
+                f"cfg_scale is {sampling.cfg_scale}, but there is no negative prompt; give one (it may be empty), or "
+                "set it to 1"
+            )
+        check_text(negative_text, variant, num_images)
+        if negative_text.shape[1] != text.shape[1]:
+            raise ValueError(
+                f"the prompt has {text.shape[1]} tokens and the negative prompt {negative_text.shape[1]}; encode both "
+                "with one text encoder, or set cfg_scale 1"
+            )
     if noise is None:
         noise = seed_noise(sampling.seed, sampling.num_images, sampling.height, sampling.width)
     num_tokens = (sampling.height // PIXELS_PER_LATENT) * (sampling.width // PIXELS_PER_LATENT)
@@ -264,13 +276,28 @@ def sample_latents(
     )
 
 
-def check_text(text: Tensor, variant: Variant) -> None:
-    """Refuses an embedding of another model's text encoder."""
+def check_text(text: Tensor, variant: Variant, num_images: int) -> None:
+    """Refuses an embedding of another model's text encoder, or of another number of prompts than pictures."""
     wanted = variant.dit.context_dim
     if text.dim() != 3 or text.shape[-1] != wanted:
         raise ValueError(
             f"the text embedding has shape {tuple(text.shape)}; {variant.name} needs {wanted} channels. "
             f"Encode the prompt with the text encoder of {variant.name} ({variant.text_encoder.tokenizer_id})."
+        )
+    if text.shape[0] not in (1, num_images):
+        raise ValueError(f"{text.shape[0]} prompts were given for {num_images} pictures; give one, or one for each")
+
+
+def check_latents(latents: Tensor, num_channels: int, name: str, num_images: int | None = None) -> None:
+    """Refuses latents of another model, or of a reference that is neither one for all pictures nor one for each."""
+    if latents.dim() != 4 or latents.shape[1] != num_channels:
+        raise ValueError(
+            f"{name} has latents of shape {tuple(latents.shape)}; FLUX.2 needs [batch, {num_channels}, height / "
+            f"{PIXELS_PER_LATENT}, width / {PIXELS_PER_LATENT}]. Encode or sample with a FLUX.2 model."
+        )
+    if num_images is not None and latents.shape[0] not in (1, num_images):
+        raise ValueError(
+            f"{name} is a batch of {latents.shape[0]} latents for {num_images} pictures; give one, or one for each"
         )
 
 
@@ -324,9 +351,6 @@ def load_pipeline(
 
     # 2. Load, small to large, so that a file of another kind is told early.
     loaded_autoencoder = load_autoencoder(ae_path, device=device)
-    # No tensor tells to which size references were scaled in training; it goes with the DiT.
-    reference_sides = resolved.autoencoder.reference_sides
-    loaded_autoencoder.config = replace(loaded_autoencoder.config, reference_sides=reference_sides)
     loaded_text_encoder = load_text_encoder(
         text_path,
         resolved.text_encoder,

@@ -53,6 +53,7 @@ def fit_preview(autoencoder: Flux2Autoencoder) -> PreviewFactors:
 @torch.inference_mode()
 def preview_images(latents: Tensor, autoencoder: Flux2Autoencoder, factors: PreviewFactors) -> list[Image.Image]:
     """Latents ``[B, 128, h, w]`` to RGB pictures of 2h x 2w px."""
-    z = unpack_2x2(autoencoder.denormalize(latents.float())).cpu()
+    device = autoencoder.decoder.conv_in.weight.device
+    z = unpack_2x2(autoencoder.denormalize(latents.to(device, torch.float32))).cpu()
     rgb = torch.einsum("bchw,cr->brhw", z, factors.weight) + factors.bias.view(1, 3, 1, 1)
     return tensor_to_images(rgb)

@@ -71,9 +71,9 @@ def denoise(
     ids = image_ids(height, width)
     extra_tokens = None
     if references:
-        extra_tokens, extra_ids = reference_tokens(references)
+        extra_tokens, extra_ids = reference_tokens([latents.expand(batch, -1, -1, -1) for latents in references])
         ids = torch.cat((ids, extra_ids))
-        extra_tokens = extra_tokens.expand(batch, -1, -1).to(device, dtype)
+        extra_tokens = extra_tokens.to(device, dtype)
     text = text.expand(batch, -1, -1)
     if use_cfg and negative_text is not None:
         text = torch.cat((negative_text.expand(batch, -1, -1), text))

@@ -38,4 +38,5 @@ def sigma_schedule(num_steps: int, num_tokens: int, flow_shift: float | None = N
         raise ValueError(f"flow_shift is {flow_shift}; it must be a number above 0")
     shift = math.exp(empirical_mu(num_tokens, num_steps)) if flow_shift is None else flow_shift
     linear = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-    return shift * linear / (1 + (shift - 1) * linear)
+    # Written so that the ends are exactly 1 and 0 for every shift.
+    return shift * linear / (shift * linear + (1 - linear))

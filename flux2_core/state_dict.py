@@ -23,9 +23,6 @@ Component = Literal["dit", "autoencoder"]
 Layout = Literal["bfl", "diffusers", "comfyui"]
 Shape = tuple[int, ...]
 
-IGNORED_QUANTISATION = frozenset({"input_scale", "scale_input", "scaled_fp8", "weight_scale_2"})
-"""Last parts of names that a quantised checkpoint adds and that play no part when weights are multiplied out. The last
-one belongs to a format that is refused by the type of its weights."""
 COMFYUI_DIT_PREFIX = "model.diffusion_model."
 
 
@@ -309,37 +306,6 @@ def convert(tensors: Mapping[str, Tensor], component: Component, source: Layout,
     bfl = {step.target: step.apply([tensors[name] for name in step.sources]) for step in steps}
     steps = from_bfl(bfl, component, target)
     return {step.target: step.apply([bfl[name] for name in step.sources]) for step in steps}
-
-
-@dataclass(frozen=True)
-class Quantisation:
-    """What a quantised checkpoint stores beside its weights."""
-
-    weights: tuple[str, ...]
-    """The names that are left: weights proper."""
-    scales: dict[str, str]
-    """From a weight's name to the name of what it is multiplied by."""
-    formats: tuple[str, ...]
-    """Names of the per-layer descriptions, JSON in uint8."""
-
-
-def split_quantisation(names: Iterable[str]) -> Quantisation:
-    """Tells weights from the scales and markers of ComfyUI's scaled fp8, old (``scale_weight``) and new.
-
-    Scales of activations are left out: weights are multiplied out when they are read.
-    """
-    weights: list[str] = []
-    scales: dict[str, str] = {}
-    formats: list[str] = []
-    for name in names:
-        module, _, last = name.rpartition(".")
-        if last in ("weight_scale", "scale_weight"):
-            scales[f"{module}.weight"] = name
-        elif last == "comfy_quant":
-            formats.append(name)
-        elif last not in IGNORED_QUANTISATION:
-            weights.append(name)
-    return Quantisation(tuple(weights), scales, tuple(formats))
 
 
 def _compiled(

@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .files import read_json_object
+
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
 MAX_INDEX_BYTES = 64 * 2**20
@@ -339,14 +341,7 @@ def _shards(path: Path) -> list[Path]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    size = path.stat().st_size
-    if size > MAX_INDEX_BYTES:
-        raise ValueError(f"{path} holds {size} bytes; an index has at most {MAX_INDEX_BYTES}")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_object)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON ({error}); download it again") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    weight_map = read_json_object(path, MAX_INDEX_BYTES, _unique_object).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path} has no weight_map; give a .safetensors file or its .safetensors.index.json")
     for name in weight_map.values():

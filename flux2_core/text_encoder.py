@@ -10,9 +10,8 @@ diffusers' pipelines; attention is PyTorch's scaled dot product.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .files import read_json_object
+from .quantization import FLOAT8_DTYPES, FLOAT_DTYPES, ROLES, check_format, dequantise, split_quantisation
 from .tensor_source import TensorSource
-from .tokenizer import Family, PromptTokenizer, find_tokenizer, read_json_object
+from .tokenizer import Family, PromptTokenizer, find_tokenizer
 from .variants import MISTRAL_SMALL, QWEN3_4B, QWEN3_8B, QWEN3_TINY, TextEncoderConfig
 
 if TYPE_CHECKING:
@@ -40,14 +41,8 @@ UNUSED_PARTS: dict[Family, tuple[str, ...]] = {
     "mistral": ("lm_head.", "norm.", "vision_tower.", "multi_modal_projector."),
     "qwen3": ("lm_head.", "norm."),
 }
-# Single tensors ComfyUI puts into its files: a tokenizer, and marks of its fp8 format.
+# Single tensors ComfyUI puts into its files: a tokenizer, and the mark of its fp8 format.
 UNUSED_NAMES = ("tekken_model", "scaled_fp8")
-SCALE_SUFFIXES = (".weight_scale", ".scale_weight", ".weight_scale_inv")
-UNUSED_SUFFIXES = (".input_scale", ".scale_input", ".comfy_quant")
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-# Side of the square blocks that share a value of weight_scale_inv, in Qwen's fp8 releases.
-SCALE_BLOCK = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +149,7 @@ def load_text_encoder(
     tokenizer: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    last_tokenizer_directories: Iterable[Path] = (),
 ) -> TextEncoder:
     """Loads a text encoder and its tokenizer.
 
@@ -165,6 +161,7 @@ def load_text_encoder(
         tokenizer: folder or file; None looks into and beside the weights, then into the local Hugging Face cache.
         dtype: of the weights; None keeps the file's, bfloat16 for fp8.
         device: where the weights go.
+        last_tokenizer_directories: where a tokenizer may lie that did not come with the weights; searched last.
 
     Raises:
         ValueError: the weights or the tokenizer are missing, incomplete, or of another model than ``config`` needs.
@@ -182,6 +179,7 @@ def load_text_encoder(
             directories=(source.folder, source.folder / "tokenizer", source.folder.parent / "tokenizer"),
             repository=config.tokenizer_id,
             vocab_size=weights.vocab_size,
+            last_directories=last_tokenizer_directories,
         )
         model = _build_model(weights, settings, config.num_layers)
         _load_weights(model, weights, dtype or weights.dtype, torch.device(device))
@@ -204,6 +202,7 @@ class _LanguageModelWeights:
         self.prefix = found[0]
         self.names = {name.removeprefix(self.prefix): name for name in names if name.startswith(self.prefix)}
         self.others = [name for name in names if not name.startswith(self.prefix)]
+        self.quantisation = split_quantisation(self.names)
         self.family: Family = "qwen3" if "layers.0.self_attn.q_norm.weight" in self.names else "mistral"
         shape = self.shape("embed_tokens.weight")
         if len(shape) != 2:
@@ -245,9 +244,9 @@ class _LanguageModelWeights:
             )
 
     def _is_known(self, name: str, modules: set[str], num_layers: int) -> bool:
-        module, _, suffix = name.rpartition(".")
+        module, _, last = name.rpartition(".")
         if module in modules:
-            return f".{suffix}" in (*SCALE_SUFFIXES, *UNUSED_SUFFIXES)
+            return ROLES.get(last) in ("scale", "activation_scale", "format")
         layer = name.removeprefix("layers.").partition(".")[0]
         beyond = name.startswith("layers.") and layer.isdecimal() and int(layer) >= num_layers
         return beyond or self._is_unused(name)
@@ -259,51 +258,24 @@ class _LanguageModelWeights:
     def get(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor, multiplied out if it is fp8. It stays mapped to the file where it needs no conversion."""
         stored = self.source.dtype(self.names[name])
-        if stored not in (*FLOAT_DTYPES, *FLOAT8_DTYPES):
+        if stored not in FLOAT_DTYPES | FLOAT8_DTYPES:
             raise ValueError(
                 f"{self.names[name]} in {self.path} has the type {self.source.table[self.names[name]].dtype}; "
-                "text encoders are read in F32, BF16, F16, and in F8 with scales"
+                "text encoders are read in F64, F32, BF16, F16, and in F8 with scales"
             )
-        module = name.removesuffix(".weight")
-        self._check_format(module)
-        scales = [self.names[module + suffix] for suffix in SCALE_SUFFIXES if module + suffix in self.names]
+        marker = f"{name.removesuffix('.weight')}.comfy_quant"
+        if marker in self.quantisation.formats:
+            check_format(self.source, self.names[marker])
         weight = self.source.get(self.names[name], mapped=stored == dtype and device.type == "cpu").to(device)
-        if scales:
-            try:
-                weight = _multiply_scale(weight, self.source.get(scales[0]).to(device))
-            except ValueError as error:
-                raise ValueError(f"{scales[0]} in {self.path}: {error}") from error
-        return weight.to(dtype)
-
-    def _check_format(self, module: str) -> None:
-        """ComfyUI names a layer's quantisation format in a small JSON tensor."""
-        name = self.names.get(f"{module}.comfy_quant")
-        if name is None:
-            return
+        if name not in self.quantisation.scales:
+            return weight.to(dtype)
+        scale = self.names[self.quantisation.scales[name]]
         try:
-            weight_format = json.loads(self.source.get(name).numpy().tobytes())["format"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{name} in {self.path} is not a description of a weight format") from error
-        if weight_format not in ("float8_e4m3fn", "float8_e5m2"):
-            raise ValueError(
-                f"{self.path} is quantised as {weight_format}; text encoders are read in bf16, fp16, fp32 or scaled fp8"
-            )
-
-
-def _multiply_scale(weight: Tensor, scale: Tensor) -> Tensor:
-    """``weight`` in fp32 times one scale, one for each row, or one for each square block."""
-    if weight.dtype not in FLOAT8_DTYPES or scale.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"a {scale.dtype} scale on {weight.dtype} weights is not supported")
-    weight, scale = weight.float(), scale.float()
-    if scale.numel() == 1:
-        return weight * scale.reshape(())
-    rows, columns = weight.shape
-    if tuple(scale.shape) in ((rows,), (rows, 1)):
-        return weight * scale.reshape(rows, 1)
-    if tuple(scale.shape) == (math.ceil(rows / SCALE_BLOCK), math.ceil(columns / SCALE_BLOCK)):
-        blocks = scale.repeat_interleave(SCALE_BLOCK, 0).repeat_interleave(SCALE_BLOCK, 1)
-        return weight * blocks[:rows, :columns]
-    raise ValueError(f"scales of shape {list(scale.shape)} do not fit weights of shape {[rows, columns]}")
+            if stored not in FLOAT8_DTYPES:
+                raise ValueError(f"a scale on {stored} weights is not supported")
+            return dequantise(weight, self.source.get(scale).to(device), dtype)
+        except ValueError as error:
+            raise ValueError(f"{scale} in {self.path}: {error}") from error
 
 
 def _matching_config(weights: _LanguageModelWeights, config: TextEncoderConfig | None) -> TextEncoderConfig:

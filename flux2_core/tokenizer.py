@@ -1,4 +1,6 @@
-"""Prompts to token ids for the two text encoder families, from tokenizer.json or from Mistral's tekken.json.
+"""Prompts to token ids for the two text encoder families.
+
+The vocabulary comes from tokenizer.json, from Mistral's tekken.json, or from Qwen's vocab.json with merges.txt.
 
 Reads JSON only: no code and no pickle of a model repository is ever run. Nothing is fetched.
 """
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from .files import MAX_JSON_BYTES, read_json_object, read_limited
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -27,7 +31,6 @@ SYSTEM_MESSAGE = (
     "relationships, object\nattribution and actions without speculation."
 )
 MAX_TOKENIZER_BYTES = 128 * 2**20
-MAX_CONFIG_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,22 @@ TEKKEN_DEFAULT_SPECIAL_TOKENS = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
     *("[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]"),
     *("[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
+)
+
+# What Qwen3's tokenizer.json holds beside vocab.json and merges.txt. Ids of special tokens follow the vocabulary.
+# Source: huggingface.co/Qwen/Qwen3-4B, tokenizer.json
+QWEN_SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
+    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    *("<|image_pad|>", "<|video_pad|>"),
+)
+QWEN_ADDED_TOKENS = (
+    *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+    *("<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
 )
 
 
@@ -170,11 +189,13 @@ def find_tokenizer(
     directories: Iterable[Path],
     repository: str,
     vocab_size: int,
+    last_directories: Iterable[Path] = (),
 ) -> PromptTokenizer:
     """The tokenizer of a text encoder.
 
     Looks at the explicit path alone if there is one; else in the weights file, then in ``directories``, then in the
-    local Hugging Face cache. A tokenizer of another model that lies in one of the directories is passed over.
+    local Hugging Face cache, then in ``last_directories``. A tokenizer of another model that lies in one of them is
+    passed over.
 
     Args:
         explicit: folder or file the user named.
@@ -182,6 +203,7 @@ def find_tokenizer(
         directories: where a tokenizer may lie beside the weights.
         repository: Hugging Face repository it comes from.
         vocab_size: rows of the token embedding; larger ids do not fit.
+        last_directories: where a tokenizer of the family may lie that did not come with the weights.
 
     Raises:
         ValueError: there is none, or the one that was named does not fit.
@@ -191,7 +213,7 @@ def find_tokenizer(
     if embedded is not None:
         return _checked(PromptTokenizer(read_tekken(embedded), family), vocab_size, "the tekken_model of the weights")
     misfits = []
-    for directory in [*directories, *_cached_directories(repository)]:
+    for directory in [*directories, *_cached_directories(repository), *last_directories]:
         if not _tokenizer_file(directory):
             continue
         try:
@@ -207,15 +229,18 @@ def find_tokenizer(
 
 
 def read_tokenizer(directory: Path, family: Family) -> PromptTokenizer:
-    """The tokenizer in a folder: tokenizer.json with its configuration if present, else tekken.json.
+    """The tokenizer in a folder: tokenizer.json with its configuration, or tekken.json, or vocab.json and merges.txt.
 
     Raises:
         ValueError: there is none, or it cannot be read or is of another family.
     """
     file = _tokenizer_file(directory)
     if file is None:
-        raise ValueError(f"no tokenizer.json or tekken.json in {directory}")
+        raise ValueError(f"no tokenizer.json, tekken.json or vocab.json in {directory}")
     try:
+        if file.name == "vocab.json":
+            merges = read_limited(directory / "merges.txt", MAX_TOKENIZER_BYTES)
+            return PromptTokenizer(read_qwen_vocabulary(read_json_object(file, MAX_TOKENIZER_BYTES), merges), family)
         if file.name == "tekken.json":
             return PromptTokenizer(read_tekken(read_limited(file, MAX_TOKENIZER_BYTES)), family)
         config_file = directory / "tokenizer_config.json"
@@ -257,6 +282,30 @@ def read_tekken(content: bytes) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
+    return tokenizer
+
+
+def read_qwen_vocabulary(vocabulary: dict[str, Any], merges: bytes) -> Tokenizer:
+    """Builds Qwen3's tokenizer from the content of vocab.json and merges.txt, which Qwen2.5 and Qwen3 share.
+
+    Raises:
+        ValueError: the two do not belong together.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    try:
+        lines = [line for line in merges.decode("utf-8").splitlines() if line and not line.startswith("#version")]
+        pairs: list[tuple[str, str]] = [(left, right) for left, right in (line.split(" ") for line in lines)]
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    except Exception as error:  # whatever a damaged file leads to, the library's plain Exception included
+        raise ValueError(f"no byte-pair vocabulary with its merges.txt: {type(error).__name__}: {error}") from error
+    split = pre_tokenizers.Split(Regex(QWEN_SPLIT_PATTERN), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in QWEN_ADDED_TOKENS])
     return tokenizer
 
 
@@ -323,7 +372,8 @@ def _tokenizer_file(directory: Path) -> Path | None:
     for name in ("tokenizer.json", "tekken.json"):
         if (directory / name).is_file():
             return directory / name
-    return None
+    has_vocabulary = (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file()
+    return directory / "vocab.json" if has_vocabulary else None
 
 
 def _cached_directories(repository: str) -> list[Path]:
@@ -349,7 +399,7 @@ def _parse_tokenizer(content: bytes) -> Tokenizer:
 def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return read_limited(file, MAX_CONFIG_BYTES).decode("utf-8")
+        return read_limited(file, MAX_JSON_BYTES).decode("utf-8")
     template = config.get("chat_template")
     return template if isinstance(template, str) else None
 
@@ -358,29 +408,3 @@ def _token_text(token: Any) -> str | None:
     """tokenizer_config.json writes a special token as text or as an object with its content."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
-
-
-def read_limited(path: Path, max_bytes: int) -> bytes:
-    """The content of a file.
-
-    Raises:
-        ValueError: it is larger than ``max_bytes``.
-    """
-    if path.stat().st_size > max_bytes:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than the {max_bytes} that such a file may have")
-    return path.read_bytes()
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A small JSON file that holds an object.
-
-    Raises:
-        ValueError: it is too large, no JSON, or no object.
-    """
-    try:
-        data = json.loads(read_limited(path, MAX_CONFIG_BYTES))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}")
-    return data

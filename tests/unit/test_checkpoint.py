@@ -225,6 +225,22 @@ def test_other_quantised_formats_are_refused(tmp_path, dit):
         load(tmp_path / "klein-4b.safetensors")
 
 
+def test_formats_of_other_components_do_not_matter(tmp_path, dit):
+    text = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in bfl_state(dit).items()}
+    path = tmp_path / "klein-4b.safetensors"
+    save_file(tensors | {"text_encoders.a.comfy_quant": text}, path)
+    loaded, _ = load(path)
+    assert_equal(loaded, dit)
+
+
+def test_scales_that_do_not_fit_are_named(tmp_path, dit):
+    name = "double_blocks.0.img_attn.proj.weight_scale"
+    save_file(bfl_state(dit) | {name: torch.ones(3)}, tmp_path / "klein-4b.safetensors")
+    with pytest.raises(ValueError, match=rf"{name} in .*klein-4b.safetensors: scales of shape \[3\] do not fit"):
+        load(tmp_path / "klein-4b.safetensors")
+
+
 # Folders and shards
 
 

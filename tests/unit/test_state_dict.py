@@ -6,7 +6,7 @@ import pytest
 import torch
 from flux2_kit.flux2_core.autoencoder import AutoencoderConfig, Flux2Autoencoder
 from flux2_kit.flux2_core.dit import DiTConfig, Flux2DiT
-from flux2_kit.flux2_core.state_dict import convert, from_bfl, rules, split_quantisation, to_bfl
+from flux2_kit.flux2_core.state_dict import convert, from_bfl, rules, to_bfl
 from flux2_kit.flux2_core.variants import VARIANTS
 from torch import Tensor
 
@@ -140,14 +140,6 @@ def test_one_tensor_under_two_names_is_refused():
 def test_an_unknown_layout_is_refused():
     with pytest.raises(ValueError, match="known layouts: bfl, diffusers, comfyui"):
         rules("dit", "kohya")
-
-
-def test_scales_and_markers_are_told_from_weights():
-    names = ["a.weight", "a.scale_weight", "a.scale_input", "b.weight", "b.weight_scale", "b.comfy_quant", "scaled_fp8"]
-    found = split_quantisation(names)
-    assert found.weights == ("a.weight", "b.weight")
-    assert found.scales == {"a.weight": "a.scale_weight", "b.weight": "b.weight_scale"}
-    assert found.formats == ("b.comfy_quant",)
 
 
 def test_steps_foretell_their_shapes():

@@ -227,16 +227,6 @@ def test_scaled_fp8(tmp_path: Path, suffix: str, per_row: bool) -> None:
     assert torch.equal(embed(encoder), embed(reference(tmp_path, "qwen3", plain)))
 
 
-def test_block_scales() -> None:
-    weight = torch.randn(130, 300).to(torch.float8_e4m3fn)
-    scale = torch.rand(2, 3)
-    result = text_encoder_module._multiply_scale(weight, scale)
-    assert torch.equal(result[129, 299], weight[129, 299].float() * scale[1, 2])
-    assert torch.equal(result[127, 128], weight[127, 128].float() * scale[0, 1])
-    with pytest.raises(ValueError, match="do not fit"):
-        text_encoder_module._multiply_scale(weight, torch.rand(3, 3))
-
-
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
