@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers' AutoencoderKLFlux2, through diffusers' own pipeline where that does the packing."""
+"""The autoencoder against diffusers' AutoencoderKLFlux2, packed by diffusers' own pipeline."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 diffusers = pytest.importorskip("diffusers")
 
-LIMIT = 2e-6
+LIMIT = 1e-5
 CONFIGS = {
-    "standard": AutoencoderConfig(
-        encoder_widths=(16, 24, 32, 32), decoder_widths=(16, 24, 32, 32), num_norm_groups=8
-    ),
+    "standard": AutoencoderConfig(encoder_widths=(16, 24, 32, 32), decoder_widths=(16, 24, 32, 32), num_norm_groups=8),
     "small decoder": AutoencoderConfig(
         encoder_widths=(16, 24, 32, 32), decoder_widths=(8, 16, 24, 24), num_norm_groups=8
     ),
@@ -56,10 +54,7 @@ def build_pair(config: AutoencoderConfig) -> tuple[Flux2Autoencoder, diffusers.F
         layers_per_block=config.num_res_blocks,
         norm_num_groups=config.num_norm_groups,
     ).eval()
-    missing, unexpected = theirs.load_state_dict(
-        convert(ours.state_dict(), "autoencoder", "bfl", "diffusers"), strict=False
-    )
-    assert (missing, unexpected) == (["bn.num_batches_tracked"], [])
+    theirs.load_state_dict(convert(ours.state_dict(), "autoencoder", "bfl", "diffusers"), strict=True)
     pipeline = diffusers.Flux2KleinPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         vae=theirs,
