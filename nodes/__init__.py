@@ -1,0 +1,27 @@
+"""The ComfyUI nodes. An id stands in saved workflows: it is never renamed."""
+
+from __future__ import annotations
+
+from .conditioning import EncodePrompt, EncodeReference
+from .loaders import LoadAutoencoder, LoadDiT, LoadTextEncoder
+from .sampling import Decode, Sample
+
+NODE_CLASS_MAPPINGS: dict[str, type] = {
+    "Flux2KitLoadDiT": LoadDiT,
+    "Flux2KitLoadAE": LoadAutoencoder,
+    "Flux2KitLoadTextEncoder": LoadTextEncoder,
+    "Flux2KitEncodePrompt": EncodePrompt,
+    "Flux2KitEncodeReference": EncodeReference,
+    "Flux2KitSample": Sample,
+    "Flux2KitDecode": Decode,
+}
+
+NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
+    "Flux2KitLoadDiT": "Load FLUX.2 DiT",
+    "Flux2KitLoadAE": "Load FLUX.2 AE",
+    "Flux2KitLoadTextEncoder": "Load FLUX.2 Text Encoder",
+    "Flux2KitEncodePrompt": "FLUX.2 Encode Prompt",
+    "Flux2KitEncodeReference": "FLUX.2 Encode Reference",
+    "Flux2KitSample": "FLUX.2 Sample",
+    "Flux2KitDecode": "FLUX.2 Decode",
+}

@@ -1,0 +1,159 @@
+"""All contact with ComfyUI: folders, device, progress, text, stop.
+
+ComfyUI's modules are looked up among those that are loaded and never imported: inside its server they are all there,
+and elsewhere importing them would fail or set up a device. Without them every function falls back to something plain.
+"""
+
+from __future__ import annotations
+
+import sys
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..flux2_core.tensor_source import SHARD
+from ..flux2_core.variants import get_variant
+from ..flux2_core.weights import WeightsComponent, find_weights
+
+CATEGORY = "FLUX.2 Kit"
+BUNDLED = "tiny (bundled)"
+"""Combo entry that stands for the weights inside the package, so that every loader has a choice that works."""
+FOLDER_KINDS: dict[WeightsComponent, str] = {
+    "dit": "diffusion_models",
+    "autoencoder": "vae",
+    "text_encoder": "text_encoders",
+}
+"""ComfyUI's names of the folders."""
+FALLBACK_MODELS_DIR = Path("models")
+"""Searched where there is no ComfyUI."""
+SUFFIXES = (".safetensors", ".sft")
+PREVIEW_SIDE = 512
+"""Previews are shown at this size, in pixels."""
+
+
+def model_names(component: WeightsComponent) -> list[str]:
+    """Combo entries: the bundled weights, then the files in ComfyUI's folder; of a set of shards only the first."""
+    kind = FOLDER_KINDS[component]
+    if (folder_paths := _loaded("folder_paths")) is not None:
+        names = folder_paths.get_filename_list(kind)
+    else:
+        folder = FALLBACK_MODELS_DIR / kind
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return [BUNDLED, *(name for name in names if name.endswith(SUFFIXES) and not _is_later_shard(name))]
+
+
+def check_model_name(component: WeightsComponent, name: str) -> None:
+    """Refuses what is no combo entry: names come out of workflow files, which may be anyone's.
+
+    Raises:
+        ValueError: with the folder to put a file into.
+    """
+    if name not in model_names(component):
+        raise ValueError(
+            f"{name!r} is not in ComfyUI's {FOLDER_KINDS[component]} folder; put the file there and refresh (R), or "
+            f"choose another entry, such as {BUNDLED!r}"
+        )
+
+
+def model_path(component: WeightsComponent, name: str) -> Path:
+    """The file or folder behind a combo entry.
+
+    Raises:
+        ValueError: there is none.
+    """
+    check_model_name(component, name)
+    if name == BUNDLED:
+        return bundled_path(component)
+    kind = FOLDER_KINDS[component]
+    if (folder_paths := _loaded("folder_paths")) is None:
+        return FALLBACK_MODELS_DIR / kind / name
+    path = folder_paths.get_full_path(kind, name)
+    if path is None:
+        raise ValueError(f"{name!r} has gone from ComfyUI's {kind} folder; put it back, or choose another entry")
+    return Path(path)
+
+
+def bundled_path(component: WeightsComponent) -> Path:
+    """The tiny model's weights inside the package."""
+    return find_weights(get_variant("tiny"), component)
+
+
+def tokenizer_directories() -> list[Path]:
+    """ComfyUI's own copy of Qwen's vocabulary; ComfyUI's Qwen3 files come without a tokenizer."""
+    file = getattr(_loaded("folder_paths"), "__file__", None)
+    return [Path(file).parent / "comfy" / "text_encoders" / "qwen25_tokenizer"] if file else []
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that are read for a path: those of a folder, all shards of a set, or the one file."""
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file())
+    if shard := SHARD.fullmatch(path.name):
+        return sorted(path.parent.glob(f"{escape(shard['stem'])}-*-of-{shard['count']}.safetensors"))
+    return [path]
+
+
+def fingerprint(path: Path) -> str:
+    """Changes when the files behind a path do."""
+    stats = ((file.name, file.stat()) for file in weight_files(path))
+    return "\n".join([str(path), *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)])
+
+
+def device() -> torch.device:
+    """Where networks run."""
+    if (management := _loaded("comfy.model_management")) is not None:
+        return management.get_torch_device()
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_room(num_bytes: int) -> None:
+    """Lets ComfyUI unload models of its own before ours take this much memory of the device."""
+    if (management := _loaded("comfy.model_management")) is not None:
+        management.free_memory(num_bytes, management.get_torch_device())
+
+
+def should_stop() -> bool:
+    """Raises ComfyUI's own exception when the user has pressed stop; True is never returned."""
+    if (management := _loaded("comfy.model_management")) is not None:
+        management.throw_exception_if_processing_interrupted()
+    return False
+
+
+class Progress:
+    """The progress bar of a node.
+
+    Args:
+        total: steps until it is full.
+        node_id: the node that shows it.
+    """
+
+    def __init__(self, total: int, node_id: str | None) -> None:
+        utils = _loaded("comfy.utils")
+        self.total = total
+        self.bar = utils.ProgressBar(total, node_id=node_id) if utils is not None else None
+
+    def update(self, done: int, preview: Image.Image | None = None) -> None:
+        """Shows that `done` steps are done, with a picture of the result so far."""
+        if self.bar is not None:
+            shown = ("JPEG", preview, PREVIEW_SIDE) if preview is not None else None
+            self.bar.update_absolute(done, self.total, preview=shown)
+
+
+def show_text(text: str, node_id: str | None) -> None:
+    """Shows a line of text on a node."""
+    server = getattr(getattr(_loaded("server"), "PromptServer", None), "instance", None)
+    if server is not None and node_id is not None and hasattr(server, "send_progress_text"):
+        server.send_progress_text(text, node_id)
+
+
+def _loaded(name: str) -> Any:
+    """A module of ComfyUI, None where we run without it."""
+    return sys.modules.get(name)
+
+
+def _is_later_shard(name: str) -> bool:
+    shard = SHARD.fullmatch(name.replace("\\", "/").rpartition("/")[2])
+    return shard is not None and int(shard["index"]) > 1

@@ -1,0 +1,126 @@
+"""What ComfyUI and its tools read of the pack, before any node runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from flux2_kit.flux2_core.pipeline import SamplingConfig
+
+ROOT = Path(__file__).parents[2]
+NODE_IDS = [
+    "Flux2KitLoadDiT",
+    "Flux2KitLoadAE",
+    "Flux2KitLoadTextEncoder",
+    "Flux2KitEncodePrompt",
+    "Flux2KitEncodeReference",
+    "Flux2KitSample",
+    "Flux2KitDecode",
+]
+"""They stand in people's workflows: names may be added here, never changed."""
+SAMPLING_INPUTS = [
+    *("dit", "positive", "width", "height", "num_steps"),
+    *("cfg_scale", "guidance", "flow_shift", "seed", "num_images"),
+]
+INPUTS_AND_OUTPUTS = {
+    "Flux2KitLoadDiT": (["dit_name", "variant", "precision"], ["FLUX2_DIT"]),
+    "Flux2KitLoadAE": (["ae_name"], ["FLUX2_AE"]),
+    "Flux2KitLoadTextEncoder": (["text_encoder_name", "precision"], ["FLUX2_TEXT_ENCODER"]),
+    "Flux2KitEncodePrompt": (["text_encoder", "prompt"], ["CONDITIONING"]),
+    "Flux2KitEncodeReference": (["ae", "image", "resize", "tiling", "references"], ["FLUX2_REFERENCES"]),
+    "Flux2KitSample": (
+        [*SAMPLING_INPUTS, "negative", "references", "ae"],
+        ["LATENT"],
+    ),
+    "Flux2KitDecode": (["ae", "latent", "tiling"], ["IMAGE"]),
+}
+"""Widget values are saved by position: inputs may be added at the end, never moved."""
+
+
+def inputs_of(node_class):
+    schema = node_class.INPUT_TYPES()
+    return {**schema["required"], **schema.get("optional", {})}
+
+
+def test_ids_and_names(pack, host):
+    assert list(pack.NODE_CLASS_MAPPINGS) == NODE_IDS
+    assert list(pack.NODE_DISPLAY_NAME_MAPPINGS) == NODE_IDS
+    assert (pack.WEB_DIRECTORY, len(set(pack.NODE_DISPLAY_NAME_MAPPINGS.values()))) == ("./web", len(NODE_IDS))
+    for node_id, (names, outputs) in INPUTS_AND_OUTPUTS.items():
+        node_class = pack.NODE_CLASS_MAPPINGS[node_id]
+        assert list(inputs_of(node_class))[: len(names)] == names
+        assert list(node_class.RETURN_TYPES)[: len(outputs)] == outputs
+
+
+@pytest.mark.parametrize("node_id", NODE_IDS)
+def test_a_node_explains_itself(nodes, node_id):
+    node_class = nodes[node_id]
+    assert node_class.CATEGORY == "FLUX.2 Kit"
+    assert node_class.DESCRIPTION.endswith(".") and node_class.SEARCH_ALIASES
+    assert len(node_class.RETURN_TYPES) == len(node_class.RETURN_NAMES) == len(node_class.OUTPUT_TOOLTIPS)
+    assert callable(getattr(node_class, node_class.FUNCTION))
+    for name, (kind, options) in inputs_of(node_class).items():
+        assert len(options["tooltip"]) > 10, name
+        if kind in ("INT", "FLOAT"):
+            assert options["min"] <= options["default"] <= options["max"], name
+        assert kind != "FLOAT" or "step" in options, name
+        assert not isinstance(kind, list) or kind, name
+
+
+def test_defaults_are_those_of_the_core(nodes):
+    defaults = {field.name: field.default for field in fields(SamplingConfig)}
+    renamed = {"resize": "resize_references", "tiling": "tile_autoencoder"}
+    seen = set()
+    for node_class in nodes.values():
+        for name, (_, options) in inputs_of(node_class).items():
+            name = renamed.get(name, name)
+            if name in defaults:
+                seen.add(name)
+                default = defaults[name]
+                assert options["default"] == (0 if default is None else default), name
+    assert seen == set(defaults)
+
+
+def test_a_loader_always_offers_a_choice_that_works(nodes):
+    for node_id in NODE_IDS[:3]:
+        name, (choices, _) = next(iter(inputs_of(nodes[node_id]).items()))
+        assert choices == ["tiny (bundled)"], name
+
+
+def test_importing_the_pack_is_light(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from conftest import load_pack
+load_pack()
+heavy = ("transformers", "diffusers", "accelerate", "bitsandbytes", "huggingface_hub", "safetensors.torch", "comfy")
+print(*[name for name in (*heavy, "folder_paths", "server", "nodes") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.stdout.strip(), done.returncode) == ("", 0), done.stderr
+
+
+def test_the_library_does_not_load_the_nodes():
+    code = "import sys, flux2_kit, flux2_kit.flux2_core.variants; print('flux2_kit.nodes' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_entry_can_be_imported_as_a_bare_module(tmp_path):
+    code = f"import importlib.util as u; s = u.spec_from_file_location('bare', {str(ROOT / '__init__.py')!r}); "
+    code += "m = u.module_from_spec(s); m.__package__ = ''; s.loader.exec_module(m); "
+    code += "print(hasattr(m, 'NODE_CLASS_MAPPINGS'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr
+
+
+def test_requirements_are_those_of_pyproject():
+    text = (ROOT / "pyproject.toml").read_text()
+    block = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    dependencies = re.findall(r'"(.*)",', block[1])
+    assert (ROOT / "requirements.txt").read_text().splitlines() == dependencies

@@ -1,0 +1,347 @@
+"""The example workflows: described once, written as API JSON and as the UI JSON that ComfyUI's front end opens.
+
+`python tests/nodes/workflows.py` rewrites ``example_workflows/``; a test keeps the files equal to what it would write.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from executor import NATIVE_NODES, is_link, topological_order
+from flux2_kit import NODE_CLASS_MAPPINGS
+from flux2_kit.flux2_core.variants import MISTRAL_SMALL, QWEN3_4B, VARIANTS
+from flux2_kit.flux2_core.weights import AUTOENCODER_NAMES, TEXT_ENCODER_NAMES
+from flux2_kit.nodes.host import BUNDLED
+
+FOLDER = Path(__file__).parents[2] / "example_workflows"
+NODE_CLASSES: dict[str, Any] = {**NATIVE_NODES, **NODE_CLASS_MAPPINGS}
+HUGGING_FACE = "https://huggingface.co"
+
+TITLE_HEIGHT = 30
+SLOT_HEIGHT = 20
+WIDGET_HEIGHT = 28
+TEXT_HEIGHT = 100
+PICTURE_SIDE = 320
+GAP = 50
+GROUP_MARGIN = 20
+WIDTHS = {
+    "Flux2KitLoadDiT": 360,
+    "Flux2KitLoadAE": 360,
+    "Flux2KitLoadTextEncoder": 360,
+    "Flux2KitEncodePrompt": 400,
+    "Flux2KitEncodeReference": 300,
+    "Flux2KitSample": 320,
+    "Flux2KitDecode": 240,
+}
+
+
+@dataclass
+class Workflow:
+    """Nodes in columns from left to right."""
+
+    api: dict[str, dict[str, Any]] = field(default_factory=dict)
+    columns: list[tuple[str, list[str]]] = field(default_factory=list)
+    titles: dict[str, str] = field(default_factory=dict)
+    models: dict[str, dict[str, str]] = field(default_factory=dict)
+    """What ComfyUI offers to download when a node's file is missing."""
+    note: str = ""
+
+    def column(self, title: str) -> None:
+        self.columns.append((title, []))
+
+    def add(self, class_type: str, title: str = "", **inputs: Any) -> Link:
+        """Adds a node to the last column; a widget that is not named takes its default, a link is another node."""
+        schema = NODE_CLASSES[class_type].INPUT_TYPES()
+        values: dict[str, Any] = {}
+        for name, (kind, *rest) in {**schema.get("required", {}), **schema.get("optional", {})}.items():
+            if name in inputs:
+                value = inputs.pop(name)
+                values[name] = value.api if isinstance(value, Link) else value
+            elif is_widget(kind):
+                values[name] = rest[0].get("default", kind[0] if isinstance(kind, list) else None)
+        assert not inputs, f"{class_type} has no inputs {list(inputs)}"
+        node_id = str(len(self.api) + 1)
+        self.api[node_id] = {"class_type": class_type, "inputs": values}
+        if title:
+            self.titles[node_id] = title
+        self.columns[-1][1].append(node_id)
+        return Link(node_id)
+
+
+@dataclass(frozen=True)
+class Link:
+    """The first output of a node."""
+
+    node_id: str
+
+    @property
+    def api(self) -> list[Any]:
+        return [self.node_id, 0]
+
+
+def text_to_image_tiny() -> Workflow:
+    flow = Workflow()
+    flow.column("1. Models")
+    dit, text_encoder, ae = add_loaders(flow, BUNDLED, BUNDLED, BUNDLED)
+    flow.column("2. Prompt")
+    prompt = "a large red circle at the top left on a blue background"
+    positive = flow.add("Flux2KitEncodePrompt", "Prompt", text_encoder=text_encoder, prompt=prompt)
+    negative = flow.add("Flux2KitEncodePrompt", "Negative prompt", text_encoder=text_encoder)
+    flow.column("3. Sample")
+    latent = flow.add("Flux2KitSample", dit=dit, positive=positive, negative=negative, ae=ae, num_images=4)
+    add_result(flow, ae, latent, "flux2_kit/tiny")
+    return flow
+
+
+def reference_edit_tiny() -> Workflow:
+    flow = Workflow()
+    flow.column("1. Models")
+    dit, text_encoder, ae = add_loaders(flow, BUNDLED, BUNDLED, BUNDLED)
+    flow.column("2. Prompts")
+    prompt = "a large red circle at the left on a yellow background"
+    first = flow.add("Flux2KitEncodePrompt", "Picture to start from", text_encoder=text_encoder, prompt=prompt)
+    edit = flow.add("Flux2KitEncodePrompt", "Edit", text_encoder=text_encoder, prompt="make the circle green")
+    negative = flow.add("Flux2KitEncodePrompt", "Negative prompt", text_encoder=text_encoder)
+    flow.column("3. Picture to start from")
+    latent = flow.add("Flux2KitSample", dit=dit, positive=first, negative=negative, ae=ae)
+    flow.column("4. Reference")
+    image = flow.add("Flux2KitDecode", ae=ae, latent=latent)
+    flow.add("PreviewImage", images=image)
+    references = flow.add("Flux2KitEncodeReference", ae=ae, image=image)
+    flow.column("5. Edit")
+    latent = flow.add("Flux2KitSample", dit=dit, positive=edit, negative=negative, references=references, ae=ae, seed=1)
+    add_result(flow, ae, latent, "flux2_kit/tiny_edit", number=6)
+    return flow
+
+
+def text_to_image_klein_4b() -> Workflow:
+    variant = VARIANTS["klein-4b"]
+    assert variant.dit_file is not None
+    text_encoder_name = TEXT_ENCODER_NAMES[QWEN3_4B][0]
+    flow = Workflow()
+    flow.column("1. Models")
+    urls = (
+        f"{HUGGING_FACE}/{variant.dit_file.repository}/resolve/main/{variant.dit_file.filename}",
+        f"{HUGGING_FACE}/Comfy-Org/Flux-2-Klein-4B/resolve/main/split_files/text_encoders/{text_encoder_name}",
+        f"{HUGGING_FACE}/Comfy-Org/flux2-dev/resolve/main/split_files/vae/{AUTOENCODER_NAMES[0]}",
+    )
+    dit, text_encoder, ae = add_loaders(
+        flow, variant.dit_file.filename, text_encoder_name, AUTOENCODER_NAMES[0], variant.name, urls
+    )
+    flow.column("2. Prompt")
+    prompt = "A red fox asleep in fresh snow under a pine, soft morning light, photograph"
+    positive = flow.add("Flux2KitEncodePrompt", "Prompt", text_encoder=text_encoder, prompt=prompt)
+    flow.column("3. Sample")
+    latent = flow.add("Flux2KitSample", dit=dit, positive=positive, ae=ae)
+    add_result(flow, ae, latent, "flux2_kit/klein-4b")
+    return flow
+
+
+def text_to_image_dev() -> Workflow:
+    dit_name, text_encoder_name = "flux2_dev_fp8mixed.safetensors", TEXT_ENCODER_NAMES[MISTRAL_SMALL][0]
+    repository = f"{HUGGING_FACE}/Comfy-Org/flux2-dev/resolve/main/split_files"
+    flow = Workflow()
+    flow.column("1. Models")
+    urls = (
+        f"{repository}/diffusion_models/{dit_name}",
+        f"{repository}/text_encoders/{text_encoder_name}",
+        f"{repository}/vae/{AUTOENCODER_NAMES[0]}",
+    )
+    dit, text_encoder, ae = add_loaders(flow, dit_name, text_encoder_name, AUTOENCODER_NAMES[0], "dev", urls)
+    flow.column("2. Prompt")
+    prompt = 'A shop window at dusk in the rain; a neon sign in it reads "OPEN LATE", photograph, 35 mm'
+    positive = flow.add("Flux2KitEncodePrompt", "Prompt", text_encoder=text_encoder, prompt=prompt)
+    flow.column("3. Sample")
+    latent = flow.add("Flux2KitSample", dit=dit, positive=positive, ae=ae)
+    add_result(flow, ae, latent, "flux2_kit/dev")
+    return flow
+
+
+WORKFLOWS = {
+    "text_to_image_tiny": text_to_image_tiny,
+    "reference_edit_tiny": reference_edit_tiny,
+    "text_to_image_klein-4b": text_to_image_klein_4b,
+    "text_to_image_dev": text_to_image_dev,
+}
+
+
+def add_loaders(
+    flow: Workflow, dit: str, text_encoder: str, ae: str, variant: str = "auto", urls: tuple[str, ...] = ()
+) -> tuple[Link, Link, Link]:
+    links = (
+        flow.add("Flux2KitLoadDiT", dit_name=dit, variant=variant),
+        flow.add("Flux2KitLoadTextEncoder", text_encoder_name=text_encoder),
+        flow.add("Flux2KitLoadAE", ae_name=ae),
+    )
+    folders = ("diffusion_models", "text_encoders", "vae")
+    lines = []
+    for link, folder, name, url in zip(links, folders, (dit, text_encoder, ae), urls, strict=bool(urls)):
+        flow.models[link.node_id] = {"name": name, "url": url, "directory": folder}
+        lines.append(f"- `models/{folder}`: [{name}]({url})")
+    flow.note = "Files, in ComfyUI's folder:\n\n" + "\n".join(lines) if lines else ""
+    return links
+
+
+def add_result(flow: Workflow, ae: Link, latent: Link, prefix: str, number: int = 4) -> None:
+    flow.column(f"{number}. Picture")
+    image = flow.add("Flux2KitDecode", ae=ae, latent=latent)
+    flow.add("SaveImage", images=image, filename_prefix=prefix)
+
+
+def to_ui(flow: Workflow) -> dict[str, Any]:
+    """The front end's format: nodes with places and sizes, and numbered links."""
+    order = {node_id: index for index, node_id in enumerate(topological_order(flow.api))}
+    places, groups = layout(flow)
+    nodes: dict[str, dict[str, Any]] = {}
+    for node_id, node in flow.api.items():
+        node_class = NODE_CLASSES[node["class_type"]]
+        nodes[node_id] = {
+            "id": int(node_id),
+            "type": node["class_type"],
+            "pos": places[node_id][:2],
+            "size": places[node_id][2:],
+            "flags": {},
+            "order": order[node_id],
+            "mode": 0,
+            "inputs": [
+                {"name": name, "type": kind, **({"shape": 7} if optional else {}), "link": None}
+                for name, kind, optional in sockets(node_class)
+            ],
+            "outputs": [
+                {"name": name, "type": kind, "links": [], "slot_index": slot}
+                for slot, (name, kind) in enumerate(zip(node_class.RETURN_NAMES, node_class.RETURN_TYPES, strict=True))
+            ],
+            "properties": {"Node name for S&R": node["class_type"]},
+            "widgets_values": widget_values(node_class, node["inputs"]),
+        }
+        if node_id in flow.titles:
+            nodes[node_id]["title"] = flow.titles[node_id]
+        if node_id in flow.models:
+            nodes[node_id]["properties"]["models"] = [flow.models[node_id]]
+    links: list[list[Any]] = []
+    for node_id, node in flow.api.items():
+        for slot, entry in enumerate(nodes[node_id]["inputs"]):
+            value = node["inputs"].get(entry["name"])
+            if is_link(value):
+                entry["link"] = len(links) + 1
+                nodes[value[0]]["outputs"][value[1]]["links"].append(entry["link"])
+                links.append([entry["link"], int(value[0]), value[1], int(node_id), slot, entry["type"]])
+    shown = list(nodes.values())
+    if flow.note:
+        shown.append(note_node(flow.note, len(nodes) + 1, places["note"]))
+    return {
+        "last_node_id": len(shown),
+        "last_link_id": len(links),
+        "nodes": shown,
+        "links": links,
+        "groups": groups,
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
+
+
+def note_node(text: str, node_id: int, place: list[int]) -> dict[str, Any]:
+    """A note of the front end: it is not part of what the server runs."""
+    return {
+        "id": node_id,
+        "type": "MarkdownNote",
+        "pos": place[:2],
+        "size": place[2:],
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": [],
+        "outputs": [],
+        "title": "Where the files come from",
+        "properties": {},
+        "widgets_values": [text],
+    }
+
+
+def layout(flow: Workflow) -> tuple[dict[str, list[int]], list[dict[str, Any]]]:
+    """[x, y, width, height] of every node, below its title bar, and a group around every column."""
+    places: dict[str, list[int]] = {}
+    groups: list[dict[str, Any]] = []
+    x = 0
+    for title, node_ids in flow.columns:
+        width = max(node_size(flow.api[node_id])[0] for node_id in node_ids)
+        y = 0
+        for node_id in node_ids:
+            height = node_size(flow.api[node_id])[1]
+            places[node_id] = [x, y, width, height]
+            y += height + TITLE_HEIGHT + GAP
+        if not groups and flow.note:
+            places["note"] = [x, y, width, 220]
+            y += 220 + TITLE_HEIGHT + GAP
+        top = -TITLE_HEIGHT - GROUP_MARGIN - TITLE_HEIGHT
+        bottom = y - TITLE_HEIGHT - GAP + GROUP_MARGIN
+        bounding = [x - GROUP_MARGIN, top, width + 2 * GROUP_MARGIN, bottom - top]
+        groups.append(
+            {
+                "id": len(groups) + 1,
+                "title": title,
+                "bounding": bounding,
+                "color": "#3f789e",
+                "font_size": 22,
+                "flags": {},
+            }
+        )
+        x += width + 2 * GROUP_MARGIN + GAP
+    return places, groups
+
+
+def node_size(node: dict[str, Any]) -> tuple[int, int]:
+    """Width and height without the title bar."""
+    node_class = NODE_CLASSES[node["class_type"]]
+    num_slots = max(len(sockets(node_class)), len(node_class.RETURN_TYPES))
+    height = 16 + SLOT_HEIGHT * num_slots + WIDGET_HEIGHT * len(widget_values(node_class, node["inputs"]))
+    height += TEXT_HEIGHT * ("prompt" in node["inputs"])
+    height += PICTURE_SIDE * hasattr(node_class, "OUTPUT_NODE")
+    return WIDTHS.get(node["class_type"], PICTURE_SIDE), height
+
+
+def sockets(node_class: Any) -> list[tuple[str, str, bool]]:
+    """(name, type, optional) of the inputs that are no widgets."""
+    schema = node_class.INPUT_TYPES()
+    return [
+        (name, kind, category == "optional")
+        for category in ("required", "optional")
+        for name, (kind, *_) in schema.get(category, {}).items()
+        if not is_widget(kind)
+    ]
+
+
+def widget_values(node_class: Any, inputs: dict[str, Any]) -> list[Any]:
+    """In the order of the widgets; the front end adds one of its own after a seed."""
+    schema = node_class.INPUT_TYPES()
+    values: list[Any] = []
+    for name, (kind, *rest) in {**schema.get("required", {}), **schema.get("optional", {})}.items():
+        if is_widget(kind):
+            values.append(inputs[name])
+            if rest and rest[0].get("control_after_generate"):
+                values.append("fixed")
+    return values
+
+
+def is_widget(kind: Any) -> bool:
+    return isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN")
+
+
+def written() -> dict[Path, str]:
+    """Every file with its text."""
+    files: dict[Path, str] = {}
+    for name, describe in WORKFLOWS.items():
+        flow = describe()
+        files[FOLDER / f"{name}.json"] = json.dumps(to_ui(flow), indent=2) + "\n"
+        files[FOLDER / "api" / f"{name}.json"] = json.dumps(flow.api, indent=2) + "\n"
+    return files
+
+
+if __name__ == "__main__":
+    for path, text in written().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
