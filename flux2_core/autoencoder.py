@@ -108,11 +108,24 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution and, but for the last, the change to the next one."""
+    """The residual blocks of one resolution, then the change to the next one where there is one."""
 
-    block: nn.ModuleList
-    downsample: Downsample
-    upsample: Upsample
+    def __init__(
+        self, blocks: list[ResnetBlock], *, downsample: Downsample | None = None, upsample: Upsample | None = None
+    ) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.upsample = upsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        if self.downsample is not None:
+            x = self.downsample(x)
+        if self.upsample is not None:
+            x = self.upsample(x)
+        return x
 
 
 class Middle(nn.Module):
@@ -134,14 +147,11 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         channels = widths[0]
         for index, width in enumerate(widths):
-            level = Level()
-            level.block = nn.ModuleList()
+            blocks = []
             for _ in range(config.num_res_blocks):
-                level.block.append(ResnetBlock(channels, width, groups))
+                blocks.append(ResnetBlock(channels, width, groups))
                 channels = width
-            if index < len(widths) - 1:
-                level.downsample = Downsample(channels)
-            self.down.append(level)
+            self.down.append(Level(blocks, downsample=Downsample(width) if index < len(widths) - 1 else None))
         self.mid = Middle(channels, groups)
         self.norm_out = nn.GroupNorm(groups, channels, eps=GROUP_NORM_EPS)
         self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
@@ -149,11 +159,8 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         h = self.conv_in(images)
-        for index, level in enumerate(self.down):
-            for block in level.block:
-                h = block(h)
-            if index < len(self.down) - 1:
-                h = level.downsample(h)
+        for level in self.down:
+            h = level(h)
         h = self.mid(h)
         h = self.conv_out(F.silu(self.norm_out(h)))
         return self.quant_conv(h)
@@ -169,14 +176,12 @@ class Decoder(nn.Module):
         self.mid = Middle(channels, groups)
         levels = []
         for index in reversed(range(len(widths))):
-            level = Level()
-            level.block = nn.ModuleList()
+            blocks = []
             for _ in range(config.num_res_blocks + 1):
-                level.block.append(ResnetBlock(channels, widths[index], groups))
+                blocks.append(ResnetBlock(channels, widths[index], groups))
                 channels = widths[index]
-            if index > 0:
-                level.upsample = Upsample(channels)
-            levels.insert(0, level)  # stored by resolution, run from coarse to fine
+            # Stored by resolution, run from coarse to fine.
+            levels.insert(0, Level(blocks, upsample=Upsample(channels) if index > 0 else None))
         self.up = nn.ModuleList(levels)
         self.norm_out = nn.GroupNorm(groups, channels, eps=GROUP_NORM_EPS)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
@@ -185,10 +190,7 @@ class Decoder(nn.Module):
         h = self.conv_in(self.post_quant_conv(z))
         h = self.mid(h)
         for index in reversed(range(len(self.up))):
-            for block in self.up[index].block:
-                h = block(h)
-            if index > 0:
-                h = self.up[index].upsample(h)
+            h = self.up[index](h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 

@@ -216,7 +216,7 @@ def encode_references(
 def check_num_references(num_references: int) -> None:
     """Refuses more references than the model takes."""
     if num_references > MAX_REFERENCES:
-        raise ValueError(f"{num_references} references were given; at most {MAX_REFERENCES} are allowed")
+        raise ValueError(f"{num_references} references were given; at most {MAX_REFERENCES} are allowed, give fewer")
 
 
 @torch.inference_mode()

@@ -102,11 +102,10 @@ def denoise(
         if use_cfg:
             negative, positive = velocity.chunk(2)
             velocity = negative + cfg_scale * (positive - negative)
-        if on_step is not None:
-            denoised = tokens_to_latents(state - sigma * velocity, height, width)
-        state = state + (next_sigma - sigma) * velocity
+        state, before = state + (next_sigma - sigma) * velocity, state
         if on_step is not None:
             latents = tokens_to_latents(state, height, width)
+            denoised = tokens_to_latents(before - sigma * velocity, height, width)
             on_step(
                 DenoiseStep(index=step + 1, num_steps=num_steps, sigma=next_sigma, latents=latents, denoised=denoised)
             )

@@ -1,0 +1,258 @@
+"""The command line ``flux2``: options and exit codes. What a command does is in ``*_command.py``.
+
+Exit codes: 0 when everything was done, 1 when something was refused or failed, 2 for wrong usage, 130 after Ctrl-C.
+Nothing heavy is imported before the options are read, so that help and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from .command_errors import describe_error
+from .picture_metadata import kit_version
+
+EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
+DEFAULT_SAVE_PATH = "output"
+DESCRIPTION = "Generates and edits pictures with FLUX.2, on the bundled tiny model or on released weights."
+EXAMPLES = """\
+examples:
+  flux2 generate --prompt "a large red circle at the top left on a blue background"
+  flux2 generate --prompt "make the circle green" --control_image_path output/circle.png
+  flux2 generate --model_version klein-4b --models_dir ComfyUI/models --prompt "a lighthouse at dawn"
+  flux2 inspect model.safetensors
+
+`flux2 COMMAND --help` lists the options of a command, for generate with the defaults of every variant."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers wrong usage with one line; `lazy_epilog` is only asked for when help is shown."""
+
+    def __init__(self, *args: Any, lazy_epilog: Callable[[], str] | None = None, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.lazy_epilog = lazy_epilog
+
+    def format_help(self) -> str:
+        if self.lazy_epilog is not None:
+            self.epilog = self.lazy_epilog()
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"flux2: error: {message}; see `{self.prog} --help`\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else EXIT_REFUSED
+    with _logging(logging.DEBUG if args.debug else logging.INFO) as logger, _terminable():
+        try:
+            return args.run(args)
+        except KeyboardInterrupt:
+            logger.error("interrupted; what was written before is whole")
+            return EXIT_INTERRUPTED
+        except SystemExit:
+            logger.error("terminated; what was written before is whole")
+            return EXIT_TERMINATED
+        except BrokenPipeError:
+            # The reader, `head` say, has gone: nothing is left to tell it, at interpreter exit neither.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_REFUSED
+        except Exception as error:  # the one place where an unforeseen error becomes a line and an exit code
+            logger.error("%s", describe_error(error))
+            if args.debug:
+                traceback.print_exc()
+            return EXIT_REFUSED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `run`, a function from its options to the exit code."""
+    parser = Parser(prog="flux2", description=DESCRIPTION, epilog=EXAMPLES)
+    parser.add_argument("--version", action="version", version=f"flux2 {kit_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    common = Parser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show details, and the traceback of an error")
+    generate = commands.add_parser(
+        "generate",
+        parents=[common],
+        help="make pictures from prompts and references",
+        description="Makes pictures from a prompt, from a file of prompts, or from saved latents.",
+        lazy_epilog=_variant_defaults,
+    )
+    _add_request_options(generate)
+    _add_sampling_options(generate)
+    _add_model_options(generate)
+    _add_output_options(generate)
+    generate.set_defaults(run=_run_generate)
+
+    inspect = commands.add_parser("inspect", parents=[common], help="tell what files are")
+    inspect.description = "Tells what checkpoints, LoRAs, saved latents and PNG files are, without loading them."
+    inspect.add_argument("files", nargs="+", metavar="FILE", help="files or model folders")
+    inspect.add_argument("--json", action="store_true", help="print a JSON list, one object a file")
+    inspect.set_defaults(run=_run_inspect)
+
+    download = commands.add_parser("download", parents=[common], help="fetch the weights of a variant")
+    download.description = (
+        "Fetches the weights of a variant into the Hugging Face cache, after showing files, sizes and licence.\n"
+        "An interrupted download goes on where it ended."
+    )
+    download.add_argument("variant", metavar="VARIANT", help="such as klein-4b; `flux2 generate --help` lists them")
+    download.add_argument("--yes", action="store_true", help="do not ask before it starts")
+    download.set_defaults(run=_run_download)
+    return parser
+
+
+def _add_request_options(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to make (one of these)").add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT", help="make one picture; may be empty")
+    what.add_argument(
+        "--from_file",
+        metavar="FILE",
+        help="a prompt a line, with options behind it: --w --h (size) --d (seed) --s (steps) --g or --l "
+        "(guidance_scale) --fs (flow_shift) --n (negative prompt) --ci (reference, repeatable); # begins a comment",
+    )
+    what.add_argument("--interactive", action="store_true", help="read such lines from the keyboard; an empty one ends")
+    what.add_argument(
+        "--latent_path", nargs="+", metavar="FILE", help="decode saved latents; no other network is loaded"
+    )
+    group = parser.add_argument_group("prompt and references")
+    group.add_argument("--negative_prompt", metavar="TEXT", help="for classifier-free guidance; default: empty")
+    group.add_argument(
+        "--control_image_path",
+        nargs="+",
+        metavar="PICTURE",
+        help="1 to 10 references: image 1, image 2, ... in prompts",
+    )
+    group.add_argument("--no_resize_control", action="store_true", help="only crop references to 16, keep them large")
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling (defaults by variant: see below)")
+    group.add_argument(
+        "--image_size", nargs=2, type=int, metavar=("H", "W"), help="height and width in pixels, multiples of 16"
+    )
+    group.add_argument("--infer_steps", type=int, metavar="N", help="Euler steps")
+    group.add_argument("--guidance_scale", type=float, metavar="X", help="classifier-free guidance; 1 switches it off")
+    group.add_argument("--embedded_cfg_scale", type=float, metavar="X", help="embedded guidance (dev only)")
+    group.add_argument("--flow_shift", type=float, metavar="X", help="default: follows from size and steps")
+    group.add_argument("--seed", type=int, metavar="N", help="default: random; shown, and kept in names and metadata")
+    group.add_argument("--num_images", type=int, metavar="N", help="pictures from one seed; default: 1")
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model_version", metavar="NAME", help="a variant, or auto; default: tiny without weights, else auto"
+    )
+    group.add_argument("--dit", metavar="PATH", help="DiT: file, shard, index or folder")
+    group.add_argument("--vae", metavar="PATH", help="autoencoder")
+    group.add_argument("--text_encoder", metavar="PATH", help="Mistral Small 3 or Qwen3: file, shard or folder")
+    group.add_argument("--tokenizer", metavar="PATH", help="default: beside the text encoder, then the local cache")
+    group.add_argument("--models_dir", metavar="DIR", help="ComfyUI's models folder, searched for what is not given")
+    group.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0; default: cuda where there is one")
+    group.add_argument("--dtype", choices=("bf16", "fp32"), help="of DiT and text encoder; default: as in the files")
+    group.add_argument("--vae_tiling", action="store_true", help="encode and decode in tiles: less memory")
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--save_path", metavar="DIR", default=DEFAULT_SAVE_PATH, help="made where missing; default: %(default)s"
+    )
+    group.add_argument(
+        "--output_type",
+        choices=("images", "latent", "latent_images"),
+        default="images",
+        help="default: %(default)s",
+    )
+    group.add_argument("--no_metadata", action="store_true", help="leave prompt and settings out of the files")
+
+
+def _variant_defaults() -> str:
+    """The table under the options of `generate`, from the dataclasses that hold the defaults."""
+    from .variants import VARIANTS
+
+    lines = ["defaults by variant:", f"  {'':14}{'size':>9}  steps  guidance_scale  embedded_cfg_scale  licence"]
+    for variant in VARIANTS.values():
+        size = f"{variant.default_size}x{variant.default_size}"
+        guidance = "-" if variant.guidance is None else f"{variant.guidance:g}"
+        lines.append(
+            f"  {variant.name:14}{size:>9}  {variant.num_steps:>5}  {variant.cfg_scale:>14g}  {guidance:>18}  "
+            f"{variant.license}"
+        )
+    return "\n".join(lines)
+
+
+def _run_generate(args: argparse.Namespace) -> int:
+    from .generate_command import run_generate
+
+    return run_generate(args)
+
+
+def _run_inspect(args: argparse.Namespace) -> int:
+    from .inspect_command import run_inspect
+
+    return run_inspect(args)
+
+
+def _run_download(args: argparse.Namespace) -> int:
+    from .download_command import run_download
+
+    return run_download(args)
+
+
+class _LineFormatter(logging.Formatter):
+    """Plain information; warnings and errors say what they are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"flux2: {record.levelname.lower()}: {text}"
+
+
+@contextmanager
+def _logging(level: int) -> Iterator[logging.Logger]:
+    """Sends what the package logs to stderr while a command runs."""
+    assert __package__ is not None
+    logger = logging.getLogger(__package__.split(".")[0])
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LineFormatter())
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield logger
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that temporary files are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(_signal: int, _frame: object) -> NoReturn:
+        raise SystemExit(EXIT_TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,516 @@
+"""``flux2 generate``: prompts, prompt files, an interactive session and saved latents to files on disk."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import secrets
+import sys
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+from tqdm import tqdm
+
+from .autoencoder import Flux2Autoencoder
+from .checkpoint import load_autoencoder
+from .command_errors import describe_error, is_out_of_memory
+from .detect import resolve_variant
+from .files import write_atomically, write_safetensors
+from .images import load_image, reference_size
+from .latents import NUM_LATENT_CHANNELS
+from .picture_metadata import RECORD_KEY, TEXT_KEY, GenerationRecord, kit_version, parse_record
+from .pipeline import Flux2Pipeline, SamplingConfig, check_num_references, decode_latents, load_pipeline, sample_latents
+from .prompt_lines import PromptLine, parse_prompt_line, prompt_lines
+from .sampling import DenoiseStep
+from .tensor_source import TensorSource
+from .variants import VARIANTS, Variant, get_variant
+from .weights import WeightsComponent, find_weights
+
+logger = logging.getLogger(__name__)
+
+RANDOM_SEEDS = 2**32
+"""Random seeds are drawn below this: short enough to be copied by hand."""
+MAX_KEPT_EMBEDDINGS = 32
+"""Text embeddings kept for prompts that come again; one of dev takes 15 MB."""
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+NOT_FOR_LATENTS = (
+    "negative_prompt", "control_image_path", "no_resize_control", "image_size", "infer_steps", "guidance_scale",
+    "embedded_cfg_scale", "flow_shift", "seed", "num_images",
+)  # fmt: skip
+"""Options of sampling; latents that are only decoded were sampled already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One line's worth of pictures, checked as far as it can be without the networks."""
+
+    prompt: str
+    negative_prompt: str
+    reference_paths: tuple[Path, ...]
+    sampling: SamplingConfig
+    """Resolved: nothing is left to the variant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """The variant and where its weights are."""
+
+    variant: Variant
+    dit: Path
+    autoencoder: Path
+    text_encoder: Path
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Carries out the options of `cli.build_parser`; 0 when every picture was written.
+
+    Raises:
+        ValueError: something that was asked for cannot be done; nothing was written then.
+    """
+    # 1. Everything that can be refused is refused before weights are loaded, which may take minutes.
+    device = choose_device(args.device)
+    if args.latent_path:
+        return decode_files(args, device)
+    files = find_model_files(args)
+    jobs, num_failed = read_jobs(args, files.variant)
+    folder = prepare_folder(args.save_path)
+    if not jobs and not args.interactive:
+        return 1
+
+    # 2. Networks, once for all pictures.
+    pipeline = load_pipeline(
+        files.variant.name,
+        dit=files.dit,
+        autoencoder=files.autoencoder,
+        text_encoder=files.text_encoder,
+        tokenizer=args.tokenizer,
+        dtype=DTYPES[args.dtype] if args.dtype else None,
+        device=device,
+    )
+    session = Session(pipeline=pipeline, files=files, folder=folder, args=args)
+
+    # 3. Pictures.
+    if args.interactive:
+        num_failed = run_interactive(session)
+    for place, job in jobs:
+        num_failed += not session.attempt(job, place)
+    return 1 if num_failed else 0
+
+
+def read_jobs(args: argparse.Namespace, variant: Variant) -> tuple[list[tuple[str, Job]], int]:
+    """The jobs of ``--prompt`` or ``--from_file`` with their places for messages, and the number of bad lines."""
+    make_sampling(args, PromptLine(prompt=""), variant)  # the options hold for every line: refused once, not by line
+    if args.interactive:
+        return [], 0
+    if args.prompt is not None:
+        if args.no_resize_control and not args.control_image_path:
+            raise ValueError(
+                "--no_resize_control was given without a reference; add --control_image_path or leave it out"
+            )
+        return [("", make_job(args, PromptLine(prompt=args.prompt), variant))], 0
+    path = Path(args.from_file)
+    if not path.is_file():
+        raise ValueError(f"no prompt file at {path}; check the path")
+    try:
+        lines = list(prompt_lines(path.read_text(encoding="utf-8-sig").splitlines()))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}); save it as UTF-8") from error
+    if not lines:
+        raise ValueError(f"{path} holds no prompts; write one a line")
+    jobs: list[tuple[str, Job]] = []
+    num_bad = 0
+    for number, text in lines:
+        try:
+            jobs.append((f"{path}:{number}: ", make_job(args, parse_prompt_line(text), variant)))
+        except ValueError as error:
+            logger.error("%s:%d: %s", path, number, describe_error(error))
+            num_bad += 1
+    return jobs, num_bad
+
+
+def make_job(args: argparse.Namespace, line: PromptLine, variant: Variant) -> Job:
+    """One line over the options of the command line; what neither names is the variant's default.
+
+    Raises:
+        ValueError: a setting, or a reference that cannot be read.
+    """
+    sampling = make_sampling(args, line, variant)
+    negative_prompt = _first(line.negative_prompt, args.negative_prompt)
+    if negative_prompt is not None and sampling.cfg_scale == 1:
+        raise ValueError(
+            f"a negative prompt was given, but {variant.name} runs with guidance_scale 1, which uses none; "
+            "set --guidance_scale (--g) above 1, or leave it out"
+        )
+    paths = tuple(Path(path) for path in line.references or args.control_image_path or ())
+    check_references(paths, sampling.resize_references)
+    return Job(prompt=line.prompt, negative_prompt=negative_prompt or "", reference_paths=paths, sampling=sampling)
+
+
+def make_sampling(args: argparse.Namespace, line: PromptLine, variant: Variant) -> SamplingConfig:
+    """The settings of one line, without anything left open; a seed that nobody named is random."""
+    height, width = args.image_size or (None, None)
+    given: dict[str, Any] = {
+        "width": _first(line.width, width),
+        "height": _first(line.height, height),
+        "num_steps": _first(line.num_steps, args.infer_steps),
+        "cfg_scale": _first(line.cfg_scale, args.guidance_scale),
+        "guidance": args.embedded_cfg_scale,
+        "flow_shift": _first(line.flow_shift, args.flow_shift),
+        "seed": _first(line.seed, args.seed, secrets.randbelow(RANDOM_SEEDS)),
+        "num_images": args.num_images,
+        "resize_references": not args.no_resize_control,
+        "tile_autoencoder": args.vae_tiling,
+    }
+    return SamplingConfig(**{name: value for name, value in given.items() if value is not None}).resolved(variant)
+
+
+def check_references(paths: tuple[Path, ...], resize: bool) -> None:
+    """Reads every reference once, so that a bad one is told before the networks are loaded."""
+    check_num_references(len(paths))
+    for path in paths:
+        image = load_image(path)
+        try:
+            reference_size(*image.size, 1024**2 if resize else None)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def find_model_files(args: argparse.Namespace) -> ModelFiles:
+    """The variant that was asked for and its files; reads headers only.
+
+    Raises:
+        ValueError: weights that are missing or of another variant, or nothing that tells the variant.
+    """
+    models_dir = _folder_option(args.models_dir)
+    name = args.model_version or ("auto" if args.dit or args.vae or args.text_encoder else "tiny")
+    if models_dir is not None and name == "tiny":
+        raise ValueError(
+            "--models_dir was given, but tiny comes with the package; name the variant to look for with --model_version"
+        )
+    if name == "auto" and not args.dit:
+        raise ValueError("auto tells the variant from the DiT, but no --dit was given; give it or a --model_version")
+    if name == "auto":
+        variant = resolve_variant(TensorSource(args.dit, component="dit"))
+    elif name in VARIANTS:
+        variant = get_variant(name)
+    else:
+        raise ValueError(f"--model_version is {name!r}; allowed are auto, {', '.join(VARIANTS)}")
+
+    def find(component: WeightsComponent, explicit: str | None) -> Path:
+        return find_weights(variant, component, Path(explicit) if explicit else None, models_dir)
+
+    files = ModelFiles(
+        variant=variant,
+        dit=find("dit", args.dit),
+        autoencoder=find("autoencoder", args.vae),
+        text_encoder=find("text_encoder", args.text_encoder),
+    )
+    resolve_variant(TensorSource(files.dit, component="dit"), variant.name)
+    return files
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None: CUDA where there is one, else the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"--device is {name!r}, which cannot be used ({reason}); give cpu, cuda or cuda:N") from error
+    if device.type == "meta":
+        raise ValueError("--device is 'meta', which holds no values; give cpu, cuda or cuda:N")
+    return device
+
+
+def prepare_folder(path: str) -> Path:
+    """Makes the output folder and tries to write into it.
+
+    Raises:
+        ValueError: it cannot be made or written into.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--save_path {folder} cannot be written into ({error.strerror}); give a folder of yours"
+        ) from error
+    return folder
+
+
+class Session:
+    """Loaded networks, and the text embeddings of the prompts so far."""
+
+    def __init__(self, *, pipeline: Flux2Pipeline, files: ModelFiles, folder: Path, args: argparse.Namespace) -> None:
+        self.pipeline = pipeline
+        self.files = files
+        self.folder = folder
+        self.args = args
+        self.has_warned = False
+        self.embeddings: OrderedDict[str, Tensor] = OrderedDict()
+
+    def attempt(self, job: Job, place: str = "") -> bool:
+        """Runs a job; what only this job can be blamed for is reported, and the next one may go on."""
+        try:
+            self.run(job)
+        except (ValueError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, ValueError) and not is_out_of_memory(error):
+                raise
+            if self.args.debug:
+                logger.debug("traceback", exc_info=True)
+            logger.error("%s%s", place, describe_error(error))
+            return False
+        return True
+
+    def run(self, job: Job) -> None:
+        """Makes the pictures of a job and writes them."""
+        pipeline, sampling = self.pipeline, job.sampling
+        logger.info("%s", describe_job(pipeline.variant, sampling))
+        if pipeline.variant.distilled and sampling.cfg_scale != 1 and not self.has_warned:
+            self.has_warned = True
+            logger.warning(
+                "guidance_scale is %g, but %s is distilled and meant for 1: steps take twice as long, and colours may "
+                "be too strong",
+                sampling.cfg_scale,
+                pipeline.variant.name,
+            )
+
+        # 1. Prompts to text embeddings.
+        use_cfg = sampling.cfg_scale != 1
+        text = self.embedding(job.prompt)
+        negative = self.embedding(job.negative_prompt) if use_cfg else None
+
+        # 2. References to latents.
+        references = pipeline.encode_references(
+            [load_image(path) for path in job.reference_paths],
+            resize=sampling.resize_references,
+            tiled=sampling.tile_autoencoder,
+        )
+
+        # 3. Noise to latents.
+        with progress_bar(sampling.num_steps or 0) as bar:
+            latents = sample_latents(
+                pipeline.dit,
+                pipeline.variant,
+                sampling,
+                text,
+                negative_text=negative,
+                references=references,
+                on_step=lambda step: show_step(bar, step),
+            )
+
+        # 4. Latents to files.
+        record = self.record(job)
+        stem = free_stem(self.folder, str(sampling.seed))
+        if self.args.output_type != "images":
+            metadata = {} if self.args.no_metadata else record.latent_metadata()
+            report(write_safetensors(self.folder / f"{stem}_latent.safetensors", {"latent": latents}, metadata))
+        if self.args.output_type != "latent":
+            images = pipeline.decode(latents, tiled=sampling.tile_autoencoder)
+            write_pictures(self.folder, stem, images, None if self.args.no_metadata else record)
+
+    def embedding(self, prompt: str) -> Tensor:
+        """The text embedding of a prompt, kept for the next time."""
+        if prompt not in self.embeddings:
+            self.embeddings[prompt] = self.pipeline.encode_prompt(prompt)
+        self.embeddings.move_to_end(prompt)
+        while len(self.embeddings) > MAX_KEPT_EMBEDDINGS:
+            self.embeddings.popitem(last=False)
+        return self.embeddings[prompt]
+
+    def record(self, job: Job) -> GenerationRecord:
+        """What the files say about how they were made."""
+        sampling = job.sampling
+        assert sampling.width and sampling.height and sampling.num_steps and sampling.cfg_scale is not None
+        return GenerationRecord(
+            prompt=job.prompt,
+            negative_prompt=job.negative_prompt if sampling.cfg_scale != 1 else None,
+            seed=sampling.seed,
+            num_images=sampling.num_images,
+            width=sampling.width,
+            height=sampling.height,
+            num_steps=sampling.num_steps,
+            cfg_scale=sampling.cfg_scale,
+            guidance=sampling.guidance,
+            flow_shift=sampling.flow_shift,
+            references=tuple(path.name for path in job.reference_paths),
+            resize_references=sampling.resize_references,
+            variant=self.files.variant.name,
+            dit=self.files.dit.name,
+            autoencoder=self.files.autoencoder.name,
+            text_encoder=self.files.text_encoder.name,
+            version=kit_version(),
+        )
+
+
+def run_interactive(session: Session) -> int:
+    """Reads prompt lines until the end of input, an empty line, or "quit"; returns the number of failures.
+
+    Ctrl-C stops a picture; at the prompt it ends the session.
+    """
+    num_failed = 0
+    for text in _typed_lines():
+        try:
+            job = make_job(session.args, parse_prompt_line(text), session.files.variant)
+            num_failed += not session.attempt(job)
+        except ValueError as error:
+            logger.error("%s", describe_error(error))
+            num_failed += 1
+        except KeyboardInterrupt:
+            logger.warning("this picture was stopped; an empty line or Ctrl-C ends the session")
+            num_failed += 1
+    return num_failed
+
+
+def _typed_lines() -> Iterator[str]:
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        print("One prompt a line, options behind it (--w --h --d --s --g --fs --n --ci). An empty line ends.")
+    while True:
+        try:
+            line = input("> ") if is_terminal else sys.stdin.readline()
+        except (EOFError, KeyboardInterrupt):
+            return
+        text = line.strip()
+        if not text or text.lower() in ("quit", "exit"):
+            return
+        if not text.startswith("#"):
+            yield text
+
+
+def decode_files(args: argparse.Namespace, device: torch.device) -> int:
+    """``--latent_path``: saved latents to pictures; loads autoencoders only.
+
+    Raises:
+        ValueError: options that belong to sampling, or a file that holds no latents.
+    """
+    given = [name for name in NOT_FOR_LATENTS if getattr(args, name) not in (None, False)]
+    if args.output_type != "images":
+        given.append("output_type")
+    if given:
+        raise ValueError(f"--{given[0]} has no effect on saved latents, which are only decoded; leave it out")
+    sources = [(Path(path), *read_latents(Path(path))) for path in args.latent_path]
+    autoencoders = [find_autoencoder(args, path, record) for path, _, record in sources]
+    folder = prepare_folder(args.save_path)
+    loaded: dict[Path, Flux2Autoencoder] = {}
+    for (path, latents, record), weights in zip(sources, autoencoders, strict=True):
+        if weights not in loaded:
+            loaded = {weights: load_autoencoder(weights, device=device)}  # one at a time
+        images = decode_latents(loaded[weights], latents, tiled=args.vae_tiling)
+        stem = free_stem(folder, str(record.seed) if record else path.stem.removesuffix("_latent"))
+        kept = replace(record, autoencoder=weights.name) if record and not args.no_metadata else None
+        write_pictures(folder, stem, images, kept)
+    return 0
+
+
+def read_latents(path: Path) -> tuple[Tensor, GenerationRecord | None]:
+    """Latents ``[B, 128, h, w]``, fp32, and how they were made, from a file of ours or of musubi-tuner.
+
+    Raises:
+        ValueError: no such file, or one that holds something else.
+    """
+    source = TensorSource(path)
+    shape = source.table["latent"].shape if "latent" in source.table else None
+    if shape is None or len(shape) not in (3, 4) or shape[-3] != NUM_LATENT_CHANNELS or 0 in shape:
+        found = "no tensor 'latent'" if shape is None else f"a latent of shape {list(shape)}"
+        raise ValueError(
+            f"{path} holds {found}; saved latents are [B, {NUM_LATENT_CHANNELS}, H/16, W/16]. Make them with "
+            "--output_type latent"
+        )
+    latents = source.get("latent").float()
+    if not torch.isfinite(latents).all():
+        raise ValueError(f"{path} holds values that are not finite; make the latents again")
+    return latents[None] if latents.dim() == 3 else latents, parse_record(source.metadata)
+
+
+def find_autoencoder(args: argparse.Namespace, path: Path, record: GenerationRecord | None) -> Path:
+    """The autoencoder for a latent file: as given, else that of the variant that is named or recorded."""
+    recorded = record.variant if record and record.variant in VARIANTS else None
+    name = args.model_version if args.model_version not in (None, "auto") else recorded
+    if name is None and not args.vae:
+        raise ValueError(f"{path} does not tell which model it is of; give --vae or --model_version")
+    variant = get_variant(name or "tiny")
+    return find_weights(variant, "autoencoder", Path(args.vae) if args.vae else None, _folder_option(args.models_dir))
+
+
+def describe_job(variant: Variant, sampling: SamplingConfig) -> str:
+    """One line with what decides the picture; the seed is always in it."""
+    parts = [f"{variant.name}", f"{sampling.width}x{sampling.height} px", f"{sampling.num_steps} steps"]
+    parts.append(f"guidance_scale {sampling.cfg_scale:g}")
+    if sampling.guidance is not None:
+        parts.append(f"embedded_cfg_scale {sampling.guidance:g}")
+    if sampling.flow_shift is not None:
+        parts.append(f"flow_shift {sampling.flow_shift:g}")
+    parts.append(f"seed {sampling.seed}")
+    if sampling.num_images > 1:
+        parts.append(f"{sampling.num_images} images")
+    return ", ".join(parts)
+
+
+@contextlib.contextmanager
+def progress_bar(num_steps: int) -> Iterator[tqdm]:
+    """A bar over the steps on stderr, where that is a terminal."""
+    with tqdm(total=num_steps, unit="step", disable=None, leave=False, file=sys.stderr) as bar:
+        yield bar
+
+
+def show_step(bar: tqdm, step: DenoiseStep) -> None:
+    """Moves the bar to a finished step."""
+    bar.update(step.index - bar.n)
+
+
+def free_stem(folder: Path, name: str) -> str:
+    """``{timestamp}_{name}``, the timestamp numbered where files of this second and name are there already."""
+    timestamp = time.strftime("%Y%m%d-%H%M%S")
+    number, stem = 1, f"{timestamp}_{name}"
+    taken = {path.name for path in folder.iterdir() if path.name.startswith(timestamp)}
+    while any(other.startswith((f"{stem}.", f"{stem}_")) for other in taken):
+        number += 1
+        stem = f"{timestamp}-{number}_{name}"
+    return stem
+
+
+def write_pictures(folder: Path, stem: str, images: list[Image.Image], record: GenerationRecord | None) -> None:
+    """Writes PNG files, each whole or not at all; several get their index behind the name."""
+    for index, image in enumerate(images):
+        info = PngInfo()
+        if record is not None:
+            of_image = replace(record, image_index=index)
+            info.add_text(RECORD_KEY, of_image.to_json())
+            info.add_text(TEXT_KEY, of_image.to_text())
+        path = folder / (f"{stem}_{index}.png" if len(images) > 1 else f"{stem}.png")
+        report(_write_png(path, image, info))
+
+
+def _write_png(path: Path, image: Image.Image, info: PngInfo) -> Path:
+    return write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+
+
+def report(path: Path) -> None:
+    """Tells what was written, one path a line on stdout, for people and scripts."""
+    print(path, flush=True)
+
+
+def _folder_option(path: str | None) -> Path | None:
+    if path is not None and not Path(path).is_dir():
+        raise ValueError(f"--models_dir {path} is no folder; give ComfyUI's models folder")
+    return Path(path) if path is not None else None
+
+
+def _first(*values: Any) -> Any:
+    """The first that was given."""
+    return next((value for value in values if value is not None), None)

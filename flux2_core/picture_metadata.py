@@ -1,0 +1,132 @@
+"""How a picture was made, kept in its PNG file and beside saved latents, and read back from there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+DISTRIBUTION = "comfyui-flux2-kit"
+RECORD_KEY = "flux2_kit"
+"""PNG text chunk and safetensors metadata key of the JSON record."""
+TEXT_KEY = "parameters"
+"""PNG text chunk for people; image browsers show it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRecord:
+    """The parameters of one picture, or of a batch of latents; files by name, without their folders."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    """None where classifier-free guidance was off."""
+    seed: int
+    num_images: int = 1
+    image_index: int = 0
+    """Which of the seed's pictures this is, from 0."""
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+    num_steps: int
+    cfg_scale: float
+    guidance: float | None = None
+    flow_shift: float | None = None
+    """None where the shift followed from size and steps."""
+    references: tuple[str, ...] = ()
+    resize_references: bool = True
+    variant: str
+    dit: str
+    autoencoder: str
+    text_encoder: str
+    version: str
+    """Of FLUX.2 Kit."""
+
+    def to_json(self) -> str:
+        """One line of JSON, read by `parse_record`."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    def to_text(self) -> str:
+        """For people: prompts, then settings, in the order that image browsers expect."""
+        settings = {
+            "Steps": self.num_steps,
+            "Sampler": "Euler",
+            "CFG scale": self.cfg_scale,
+            "Guidance": self.guidance,
+            "Flow shift": self.flow_shift,
+            "Seed": self.seed,
+            "Image of the seed": f"{self.image_index + 1} of {self.num_images}" if self.num_images > 1 else None,
+            "Size": f"{self.width}x{self.height}",
+            "Model": self.variant,
+            "References": len(self.references) or None,
+            "Version": f"FLUX.2 Kit {self.version}",
+        }
+        lines = [self.prompt]
+        if self.negative_prompt:
+            lines.append(f"Negative prompt: {self.negative_prompt}")
+        lines.append(", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None))
+        return "\n".join(lines)
+
+    def latent_metadata(self) -> dict[str, str]:
+        """Metadata of a latent file: the record, and the single values under musubi-tuner's names."""
+        values = {
+            "seeds": self.seed,
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "height": self.height,
+            "width": self.width,
+            "infer_steps": self.num_steps,
+            "guidance_scale": self.cfg_scale,
+            "embedded_cfg_scale": self.guidance,
+            "flow_shift": self.flow_shift,
+        }
+        return {RECORD_KEY: self.to_json()} | {name: str(value) for name, value in values.items() if value is not None}
+
+
+def parse_record(metadata: Mapping[str, object]) -> GenerationRecord | None:
+    """The record in the text of a PNG or the metadata of a latent file; None where there is none, or a broken one."""
+    text = metadata.get(RECORD_KEY)
+    if not isinstance(text, str):
+        return None
+    try:
+        values = json.loads(text)
+        known = {field.name for field in fields(GenerationRecord)}
+        values = {name: value for name, value in values.items() if name in known}
+        record = GenerationRecord(**values | {"references": tuple(values.get("references", ()))})
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+    texts = (record.prompt, record.variant, *record.references)
+    numbers = (record.seed, record.width, record.height, record.num_steps, record.num_images, record.image_index)
+    valid = all(isinstance(value, str) for value in texts) and all(type(value) is int for value in numbers)
+    return record if valid else None
+
+
+def read_png_text(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The text chunks of a PNG; empty for other pictures.
+
+    Raises:
+        ValueError: no picture, or a damaged one.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            found = {key: value for key, value in image.info.items() if isinstance(key, str) and isinstance(value, str)}
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as a picture ({error}); give a whole PNG file") from error
+    return found
+
+
+def kit_version() -> str:
+    """Version of FLUX.2 Kit; read from pyproject.toml where the folder runs without being installed."""
+    try:
+        return importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        project = Path(__file__).parents[1] / "pyproject.toml"
+        text = project.read_text(encoding="utf-8") if project.is_file() else ""
+        found = re.search(r'^version = "([^"]+)"', text, re.MULTILINE)
+        return found[1] if found else "unknown"
