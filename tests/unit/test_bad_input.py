@@ -171,7 +171,7 @@ def test_references(refused, tmp_path):
     path = tmp_path / "reference.png"
     Image.new("RGB", (64, 64)).save(path)
     message = refused("--control_image_path", *[str(path)] * 11)
-    assert message == "11 references were given; at most 10 are allowed"
+    assert message == "11 references were given; at most 10 are allowed, give fewer"
     Image.new("RGB", (10, 3000)).save(path)
     message = refused("--control_image_path", str(path))
     assert message == f"{path}: a reference is 10x3000 px; each side must be at least 64 px"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from flux2_kit.flux2_core.variants import VARIANTS, Variant
+from flux2_kit.flux2_core.weights import TEXT_ENCODER_NAMES
 
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -14,10 +15,11 @@ TEXT_ENCODERS = {15360: "Mistral-Small-3.2-24B", 12288: "Qwen3-8B", 7680: "Qwen3
 
 def table_row(variant: Variant) -> str:
     assert variant.dit_file is not None
+    repository = variant.dit_file.repository
     cells = (
         variant.name,
-        f"`{variant.dit_file.filename}`",
-        TEXT_ENCODERS[variant.dit.context_dim],
+        f"`{variant.dit_file.filename}` of [{repository.split('/')[1]}](https://huggingface.co/{repository})",
+        f"{TEXT_ENCODERS[variant.dit.context_dim]}, `{TEXT_ENCODER_NAMES[variant.text_encoder][0]}`",
         str(variant.num_steps),
         f"{variant.cfg_scale:g}",
         "-" if variant.guidance is None else f"{variant.guidance:g}",

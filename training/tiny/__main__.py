@@ -55,7 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
 def evaluate_bundled(cfg_scale: float | None, num_steps: int | None, device: str) -> dict[str, object]:
     """All figures of the README, by name."""
     from ...flux2_core.pipeline import SamplingConfig, load_pipeline
-    from .evaluate import evaluate, held_out_combinations, held_out_edits, held_out_prompts, round_trip_psnr
+    from .evaluate import (
+        evaluate,
+        held_out_combinations,
+        held_out_edits,
+        held_out_prompts,
+        round_trip_psnr,
+        short_prompts,
+    )
 
     pipeline = load_pipeline("tiny", dtype=torch.float32, device=device)
     sampling = SamplingConfig(cfg_scale=cfg_scale, num_steps=num_steps)
@@ -67,6 +74,8 @@ def evaluate_bundled(cfg_scale: float | None, num_steps: int | None, device: str
     figures: dict[str, object] = {"round_trip_psnr_db": round(round_trip_psnr(pipeline.autoencoder), 2)}
     for name, examples in tasks.items():
         figures[name] = asdict(evaluate(pipeline, examples, sampling))
+    short = evaluate(pipeline, short_prompts(), sampling)
+    figures["short_prompts"] = {"num_pictures": short.num_pictures, "kind": short.kind, "color": short.color}
     return figures
 
 

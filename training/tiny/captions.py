@@ -31,11 +31,12 @@ def full_caption(scene: Scene) -> str:
 
 
 def random_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption of random wording that names the kind, and everything else with probability three quarters."""
-    size = scene.size if rng.random() < 0.7 else ""
+    """A caption of random wording that names the kind, and of the rest most or, in half of the captions, little."""
+    likely = 0.75 if rng.random() < 0.5 else 0.3
+    size = scene.size if rng.random() < likely else ""
     color = scene.color if rng.random() < 0.85 else ""
-    position = _place(scene.position, rng) if rng.random() < 0.75 else ""
-    background = scene.background if rng.random() < 0.75 else ""
+    position = _place(scene.position, rng) if rng.random() < likely else ""
+    background = scene.background if rng.random() < likely else ""
     words = [word for word in (size, color, scene.kind) if word]
     style = rng.random()
     if style < 0.7:

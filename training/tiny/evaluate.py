@@ -17,7 +17,7 @@ from torch import Tensor
 from ...flux2_core.autoencoder import Flux2Autoencoder
 from ...flux2_core.images import image_to_tensor, tensor_to_images
 from ...flux2_core.pipeline import Flux2Pipeline, SamplingConfig, sample_latents
-from .captions import Example, combination_of, edit_of, full_caption
+from .captions import Example, article, combination_of, edit_of, full_caption
 from .pictures import (
     COLORS,
     KINDS,
@@ -79,6 +79,14 @@ def judge(pictures: Tensor) -> list[Scene]:
 def held_out_prompts() -> list[Example]:
     """The full caption of each of the 200 held-out scenes."""
     return [Example(prompt=full_caption(scene), references=(), target=scene) for scene in held_out_scenes()]
+
+
+def short_prompts() -> list[Example]:
+    """Colour and kind of each held-out scene; the model chooses the rest, so only these two can be right or wrong."""
+    return [
+        Example(prompt=f"{article(scene.color)} {scene.color} {scene.kind}", references=(), target=scene)
+        for scene in held_out_scenes()
+    ]
 
 
 def held_out_edits() -> list[Example]:

@@ -32,8 +32,9 @@ def make_tiny_model(
     autoencoder = train_autoencoder(autoencoder_config, work_dir, device)
     autoencoder = train_decoder(autoencoder_config, work_dir, autoencoder, device)
 
-    # 2. The tokenizer, from the captions alone.
-    write_tokenizer(work_dir / "tokenizer")
+    # 2. The tokenizer, from the captions alone; trained weights must keep the one that they were trained with.
+    if not (work_dir / "tokenizer" / "tokenizer.json").exists():
+        write_tokenizer(work_dir / "tokenizer")
 
     # 3. DiT and text encoder together.
     dit, text_encoder = train_dit(dit_config or DiTTrainConfig(), work_dir, autoencoder, device)
