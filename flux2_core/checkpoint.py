@@ -65,6 +65,45 @@ def load_dit(
     return dit, found
 
 
+class DiTReader:
+    """The weights of a DiT checkpoint in BFL's names and layout, read one at a time; checked as `load_dit` does.
+
+    Arguments and errors are those of `load_dit`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        variant: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        *,
+        variants: Mapping[str, Variant] = VARIANTS,
+    ) -> None:
+        self.source = TensorSource(path, component="dit")
+        self.device = torch.device(device)
+        description = detect(self.source, variants=variants)
+        if description.kind != "dit":
+            raise ValueError(describe_other(self.source, description, "a FLUX.2 DiT"))
+        self.variant = resolve_variant(self.source, variant, variants=variants)
+        with torch.device("meta"):
+            expected = Flux2DiT(self.variant.dit).state_dict()
+        steps = component_steps(self.source, description, "dit")
+        _check_quantisation(self.source, description, steps)
+        _check_names_and_shapes(self.source, description, steps, expected)
+        self.dtype = dtype or _common_dtype(self.source, description, steps)
+        """Type of all weights."""
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        """Of every weight, in the order of the model."""
+        self._description = description
+        self._scales = split_quantisation(self.source.names).scales
+        self._steps = {step.target: step for step in steps}
+
+    def get(self, name: str) -> Tensor:
+        """One weight, by its BFL name."""
+        return _make(self.source, self._description, self._steps[name], self._scales, self.dtype, self.device)
+
+
 def load_autoencoder(
     path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Flux2Autoencoder:
@@ -143,7 +182,12 @@ def save_dit(
     tensors = convert(dit.state_dict(), "dit", "bfl", layout)
     if layout == "comfyui":
         tensors = {f"{COMFYUI_DIT_PREFIX}{name}": tensor for name, tensor in tensors.items()}
-    ours = {
+    return write_safetensors(path, tensors, dit_metadata(path, variant) | dict(metadata or {}))
+
+
+def dit_metadata(path: str | os.PathLike[str], variant: Variant) -> dict[str, str]:
+    """What a DiT checkpoint of ours says about itself."""
+    return {
         "format": "pt",
         "flux2_kit.variant": variant.name,
         "modelspec.sai_model_spec": "1.0.0",
@@ -152,7 +196,6 @@ def save_dit(
         "modelspec.title": Path(path).stem,
         "modelspec.license": variant.license,
     }
-    return write_safetensors(path, tensors, ours | dict(metadata or {}))
 
 
 def save_autoencoder(
@@ -188,10 +231,19 @@ def iterate_bfl(
     """
     quantisation = split_quantisation(source.names)
     for step in component_steps(source, description, component):
-        names = [description.prefix + name for name in step.sources]
-        dtype = dtype_of(step.target)
-        tensors = [_read(source, name, quantisation.scales.get(name), step, dtype, device) for name in names]
-        yield step.target, step.apply(tensors)
+        yield step.target, _make(source, description, step, quantisation.scales, dtype_of(step.target), device)
+
+
+def _make(
+    source: TensorSource,
+    description: FileDescription,
+    step: Step,
+    scales: Mapping[str, str],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    names = [description.prefix + name for name in step.sources]
+    return step.apply([_read(source, name, scales.get(name), step, dtype, device) for name in names])
 
 
 def _read(

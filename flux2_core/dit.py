@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import apply_rope, attention, rope_table
+from .linear import Linear
 
 NORM_EPS = 1e-6
 TIME_EMBEDDING_CHANNELS = 256
@@ -72,9 +73,9 @@ class SelfAttention(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.norm = QKNorm(hidden_size // num_heads)
-        self.proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.proj = Linear(hidden_size, hidden_size)
 
 
 class SwiGLU(nn.Module):
@@ -90,8 +91,8 @@ class MLPEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.in_layer = nn.Linear(TIME_EMBEDDING_CHANNELS, hidden_size, bias=False)
-        self.out_layer = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.in_layer = Linear(TIME_EMBEDDING_CHANNELS, hidden_size)
+        self.out_layer = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_layer(F.silu(self.in_layer(x)))
@@ -103,7 +104,7 @@ class Modulation(nn.Module):
     def __init__(self, hidden_size: int, num_sets: int) -> None:
         super().__init__()
         self.num_sets = num_sets
-        self.lin = nn.Linear(hidden_size, 3 * num_sets * hidden_size, bias=False)
+        self.lin = Linear(hidden_size, 3 * num_sets * hidden_size)
 
     def forward(self, vec: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         chunks = self.lin(F.silu(vec))[:, None].chunk(3 * self.num_sets, dim=-1)
@@ -118,13 +119,9 @@ class DoubleBlock(nn.Module):
         hidden, mlp = config.hidden_size, config.hidden_size * config.mlp_ratio
         self.num_heads = config.num_heads
         self.img_attn = SelfAttention(hidden, config.num_heads)
-        self.img_mlp = nn.Sequential(
-            nn.Linear(hidden, 2 * mlp, bias=False), SwiGLU(), nn.Linear(mlp, hidden, bias=False)
-        )
+        self.img_mlp = nn.Sequential(Linear(hidden, 2 * mlp), SwiGLU(), Linear(mlp, hidden))
         self.txt_attn = SelfAttention(hidden, config.num_heads)
-        self.txt_mlp = nn.Sequential(
-            nn.Linear(hidden, 2 * mlp, bias=False), SwiGLU(), nn.Linear(mlp, hidden, bias=False)
-        )
+        self.txt_mlp = nn.Sequential(Linear(hidden, 2 * mlp), SwiGLU(), Linear(mlp, hidden))
 
     def forward(
         self,
@@ -166,8 +163,8 @@ class SingleBlock(nn.Module):
         hidden, mlp = config.hidden_size, config.hidden_size * config.mlp_ratio
         self.num_heads = config.num_heads
         self.widths = [3 * hidden, 2 * mlp]
-        self.linear1 = nn.Linear(hidden, 3 * hidden + 2 * mlp, bias=False)
-        self.linear2 = nn.Linear(hidden + mlp, hidden, bias=False)
+        self.linear1 = Linear(hidden, 3 * hidden + 2 * mlp)
+        self.linear2 = Linear(hidden + mlp, hidden)
         self.norm = QKNorm(hidden // config.num_heads)
         self.mlp_act = SwiGLU()
 
@@ -183,10 +180,8 @@ class SingleBlock(nn.Module):
 class FinalLayer(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.linear = nn.Linear(config.hidden_size, config.in_channels, bias=False)
-        self.adaLN_modulation = nn.Sequential(
-            nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=False)
-        )
+        self.linear = Linear(config.hidden_size, config.in_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.hidden_size, 2 * config.hidden_size))
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
@@ -200,8 +195,8 @@ class Flux2DiT(nn.Module):
         super().__init__()
         self.config = config
         hidden = config.hidden_size
-        self.img_in = nn.Linear(config.in_channels, hidden, bias=False)
-        self.txt_in = nn.Linear(config.context_dim, hidden, bias=False)
+        self.img_in = Linear(config.in_channels, hidden)
+        self.txt_in = Linear(config.context_dim, hidden)
         self.time_in = MLPEmbedder(hidden)
         self.guidance_in = MLPEmbedder(hidden) if config.has_guidance_embedder else None
         self.double_stream_modulation_img = Modulation(hidden, num_sets=2)

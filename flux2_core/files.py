@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,41 @@ def write_safetensors(
 
     contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     return write_atomically(path, lambda temporary: save_file(contiguous, temporary, dict(metadata or {})))
+
+
+def stream_safetensors(
+    path: str | os.PathLike[str],
+    layout: Mapping[str, tuple[str, tuple[int, ...], int]],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes a safetensors file tensor by tensor, atomically: one of them is in memory at a time.
+
+    Args:
+        layout: by name the type in the format's own word, the shape, and the number of bytes; the order of the file.
+        tensors: every tensor of ``layout``, in its order.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, (dtype, shape, num_bytes) in layout.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + num_bytes]}
+        position += num_bytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # the data begins at a multiple of 8 bytes
+
+    def write(temporary: Path) -> None:
+        import torch
+
+        expected = iter(layout.items())
+        with temporary.open("wb") as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            for name, tensor in tensors:
+                wanted, (_, shape, num_bytes) = next(expected)
+                assert (name, tuple(tensor.shape), tensor.nbytes) == (wanted, shape, num_bytes), (name, wanted)
+                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        assert next(expected, None) is None, "fewer tensors than in the layout"
+
+    return write_atomically(path, write)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
