@@ -22,12 +22,16 @@ from .picture_metadata import kit_version
 
 EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
 DEFAULT_SAVE_PATH = "output"
+REQUESTS = ("prompt", "from_file", "interactive", "latent_path", "save_merged_model")
+"""Options of generate, one of which says what to make."""
 DESCRIPTION = "Generates and edits pictures with FLUX.2, on the bundled tiny model or on released weights."
 EXAMPLES = """\
 examples:
   flux2 generate --prompt "a large red circle at the top left on a blue background"
   flux2 generate --prompt "make the circle green" --control_image_path output/circle.png
   flux2 generate --model_version klein-4b --models_dir ComfyUI/models --prompt "a lighthouse at dawn"
+  flux2 generate --lora_weight style.safetensors --lora_multiplier 0.8 --prompt "a lighthouse at dawn"
+  flux2 convert-lora lora.safetensors for-comfyui.safetensors --to comfy
   flux2 inspect model.safetensors
 
 `flux2 COMMAND --help` lists the options of a command, for generate with the defaults of every variant."""
@@ -54,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     try:
         args = build_parser().parse_args(argv)
+        if not any((getattr(args, name, True) not in (None, False)) for name in REQUESTS):
+            args.parser.error(f"one of the arguments {' '.join(f'--{name}' for name in REQUESTS)} is required")
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else EXIT_REFUSED
     with _logging(logging.DEBUG if args.debug else logging.INFO) as logger, _terminable():
@@ -93,14 +99,19 @@ def build_parser() -> argparse.ArgumentParser:
     _add_request_options(generate)
     _add_sampling_options(generate)
     _add_model_options(generate)
+    _add_lora_options(generate.add_argument_group("LoRAs"))
     _add_output_options(generate)
-    generate.set_defaults(run=_run_generate)
+    generate.set_defaults(run=_run_generate, parser=generate)
 
     inspect = commands.add_parser("inspect", parents=[common], help="tell what files are")
     inspect.description = "Tells what checkpoints, LoRAs, saved latents and PNG files are, without loading them."
     inspect.add_argument("files", nargs="+", metavar="FILE", help="files or model folders")
     inspect.add_argument("--json", action="store_true", help="print a JSON list, one object a file")
     inspect.set_defaults(run=_run_inspect)
+
+    _add_merge_lora(commands, common)
+    _add_convert_lora(commands, common)
+    _add_extract_lora(commands, common)
 
     download = commands.add_parser("download", parents=[common], help="fetch the weights of a variant")
     download.description = (
@@ -114,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_request_options(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("what to make (one of these)").add_mutually_exclusive_group(required=True)
+    what = parser.add_argument_group("what to make (one of these)").add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="make one picture; may be empty")
     what.add_argument(
         "--from_file",
@@ -177,6 +188,77 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         help="default: %(default)s",
     )
     group.add_argument("--no_metadata", action="store_true", help="leave prompt and settings out of the files")
+    group.add_argument(
+        "--save_merged_model", metavar="FILE", help="write the DiT with its LoRAs merged in, and make no pictures"
+    )
+
+
+def _add_lora_options(group: argparse._ActionsContainer, *, required: bool = False) -> None:
+    group.add_argument("--lora_weight", nargs="+", metavar="FILE", required=required, help="LoRAs of any dialect")
+    group.add_argument(
+        "--lora_multiplier", nargs="+", type=float, metavar="X", help="strength of each, or one for all; default: 1"
+    )
+    group.add_argument(
+        "--include_patterns", nargs="+", metavar="RE", help="adapt only layers whose name one of these is found in"
+    )
+    group.add_argument("--exclude_patterns", nargs="+", metavar="RE", help="leave out layers one of these is found in")
+    _add_allow_unmatched(group)
+
+
+def _add_allow_unmatched(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--allow_unmatched", action="store_true", help="leave out tensors that belong to no layer of the DiT; they are "
+        "an error otherwise"
+    )  # fmt: skip
+
+
+def _add_merge_lora(commands: argparse._SubParsersAction[Any], common: Parser) -> None:
+    parser = commands.add_parser("merge-lora", parents=[common], help="write a DiT with LoRAs merged in")
+    parser.description = "Merges LoRAs into a DiT and writes it as one file in Black Forest Labs' layout."
+    parser.add_argument("--dit", required=True, metavar="PATH", help="DiT: file, shard, index or folder")
+    _add_lora_options(parser, required=True)
+    parser.add_argument("--output", required=True, metavar="FILE", help="the .safetensors file to write")
+    _add_conversion_options(parser, "the DiT's; 8-bit weights become bf16")
+    _add_device(parser)
+    parser.set_defaults(run=_run_merge_lora)
+
+
+def _add_convert_lora(commands: argparse._SubParsersAction[Any], common: Parser) -> None:
+    parser = commands.add_parser("convert-lora", parents=[common], help="write a LoRA in another dialect")
+    parser.description = (
+        "Writes a LoRA of any dialect as comfy (ComfyUI, diffusers and ai-toolkit read it), kohya (musubi-tuner,\n"
+        "sd-scripts) or diffusers (PEFT)."
+    )
+    parser.add_argument("input", metavar="IN", help="the LoRA to read")
+    parser.add_argument("output", metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("--to", required=True, choices=("comfy", "kohya", "diffusers"), help="the dialect")
+    _add_allow_unmatched(parser)
+    _add_conversion_options(parser, "the LoRA's")
+    parser.set_defaults(run=_run_convert_lora)
+
+
+def _add_extract_lora(commands: argparse._SubParsersAction[Any], common: Parser) -> None:
+    parser = commands.add_parser("extract-lora", parents=[common], help="write the difference of two DiTs as a LoRA")
+    parser.description = "Writes the LoRA that comes nearest to the difference of two DiTs of one size."
+    parser.add_argument("--base", required=True, metavar="PATH", help="the DiT that the LoRA will be used with")
+    parser.add_argument("--tuned", required=True, metavar="PATH", help="the DiT to come near to")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the .safetensors file to write")
+    parser.add_argument("--rank", required=True, type=int, metavar="N", help="larger is nearer, and a larger file")
+    _add_allow_unmatched(parser)
+    _add_conversion_options(parser, "fp32")
+    _add_device(parser)
+    parser.set_defaults(run=_run_extract_lora)
+
+
+def _add_conversion_options(parser: argparse.ArgumentParser, default_dtype: str) -> None:
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help=f"type to write; default: {default_dtype}")
+    parser.add_argument(
+        "--model_version", metavar="NAME", help="a variant, or auto; default: auto, by shapes and names"
+    )
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="NAME", help="where it is computed; default: cuda where there is one")
 
 
 def _variant_defaults() -> str:
@@ -204,6 +286,24 @@ def _run_inspect(args: argparse.Namespace) -> int:
     from .inspect_command import run_inspect
 
     return run_inspect(args)
+
+
+def _run_merge_lora(args: argparse.Namespace) -> int:
+    from .lora_command import run_merge_lora
+
+    return run_merge_lora(args)
+
+
+def _run_convert_lora(args: argparse.Namespace) -> int:
+    from .lora_command import run_convert_lora
+
+    return run_convert_lora(args)
+
+
+def _run_extract_lora(args: argparse.Namespace) -> int:
+    from .lora_command import run_extract_lora
+
+    return run_extract_lora(args)
 
 
 def _run_download(args: argparse.Namespace) -> int:

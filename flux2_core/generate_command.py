@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,13 @@ from tqdm import tqdm
 from .autoencoder import Flux2Autoencoder
 from .checkpoint import load_autoencoder
 from .command_errors import describe_error, is_out_of_memory
+from .command_options import DTYPES, choose_device
 from .detect import resolve_variant
 from .files import write_atomically, write_safetensors
 from .images import load_image, reference_size
 from .latents import NUM_LATENT_CHANNELS
+from .lora import LoraSetting, apply_loras
+from .lora_command import check_lora_options, read_lora_settings, save_merged
 from .picture_metadata import RECORD_KEY, TEXT_KEY, GenerationRecord, kit_version, parse_record
 from .pipeline import Flux2Pipeline, SamplingConfig, check_num_references, decode_latents, load_pipeline, sample_latents
 from .prompt_lines import PromptLine, parse_prompt_line, prompt_lines
@@ -42,10 +45,10 @@ RANDOM_SEEDS = 2**32
 """Random seeds are drawn below this: short enough to be copied by hand."""
 MAX_KEPT_EMBEDDINGS = 32
 """Text embeddings kept for prompts that come again; one of dev takes 15 MB."""
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NOT_FOR_LATENTS = (
     "negative_prompt", "control_image_path", "no_resize_control", "image_size", "infer_steps", "guidance_scale",
-    "embedded_cfg_scale", "flow_shift", "seed", "num_images",
+    "embedded_cfg_scale", "flow_shift", "seed", "num_images", "lora_weight", "lora_multiplier", "include_patterns",
+    "exclude_patterns", "allow_unmatched", "save_merged_model",
 )  # fmt: skip
 """Options of sampling; latents that are only decoded were sampled already."""
 
@@ -81,8 +84,12 @@ def run_generate(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     if args.latent_path:
         return decode_files(args, device)
+    check_lora_options(args)
+    if args.save_merged_model:
+        return save_merged_model(args)
     files = find_model_files(args)
     jobs, num_failed = read_jobs(args, files.variant)
+    loras = read_lora_settings(args, files.variant.dit)
     folder = prepare_folder(args.save_path)
     if not jobs and not args.interactive:
         return 1
@@ -97,7 +104,8 @@ def run_generate(args: argparse.Namespace) -> int:
         dtype=DTYPES[args.dtype] if args.dtype else None,
         device=device,
     )
-    session = Session(pipeline=pipeline, files=files, folder=folder, args=args)
+    apply_loras(pipeline.dit, loras)
+    session = Session(pipeline=pipeline, files=files, folder=folder, args=args, loras=loras)
 
     # 3. Pictures.
     if args.interactive:
@@ -105,6 +113,20 @@ def run_generate(args: argparse.Namespace) -> int:
     for place, job in jobs:
         num_failed += not session.attempt(job, place)
     return 1 if num_failed else 0
+
+
+def save_merged_model(args: argparse.Namespace) -> int:
+    """``--save_merged_model``: writes the DiT with its LoRAs merged in, whatever else was asked for, and ends.
+
+    Raises:
+        ValueError: there is no LoRA, or it does not fit; nothing is written.
+    """
+    variant = find_variant(args)
+    dit = find_weights(variant, "dit", Path(args.dit) if args.dit else None, _folder_option(args.models_dir))
+    save_merged(args, dit=dit, variant=variant.name, out_path=args.save_merged_model)
+    if args.prompt is not None or args.from_file or args.interactive:
+        logger.info("--save_merged_model makes no pictures; leave it out to make them")
+    return 0
 
 
 def read_jobs(args: argparse.Namespace, variant: Variant) -> tuple[list[tuple[str, Job]], int]:
@@ -185,6 +207,26 @@ def check_references(paths: tuple[Path, ...], resize: bool) -> None:
             raise ValueError(f"{path}: {error}") from None
 
 
+def find_variant(args: argparse.Namespace) -> Variant:
+    """The variant that was asked for, told from the DiT's header where it is to be.
+
+    Raises:
+        ValueError: it is unknown, or nothing tells it.
+    """
+    name = args.model_version or ("auto" if args.dit or args.vae or args.text_encoder else "tiny")
+    if args.models_dir is not None and name == "tiny":
+        raise ValueError(
+            "--models_dir was given, but tiny comes with the package; name the variant to look for with --model_version"
+        )
+    if name == "auto" and not args.dit:
+        raise ValueError("auto tells the variant from the DiT, but no --dit was given; give it or a --model_version")
+    if name == "auto":
+        return resolve_variant(TensorSource(args.dit, component="dit"))
+    if name not in VARIANTS:
+        raise ValueError(f"--model_version is {name!r}; allowed are auto, {', '.join(VARIANTS)}")
+    return get_variant(name)
+
+
 def find_model_files(args: argparse.Namespace) -> ModelFiles:
     """The variant that was asked for and its files; reads headers only.
 
@@ -192,19 +234,7 @@ def find_model_files(args: argparse.Namespace) -> ModelFiles:
         ValueError: weights that are missing or of another variant, or nothing that tells the variant.
     """
     models_dir = _folder_option(args.models_dir)
-    name = args.model_version or ("auto" if args.dit or args.vae or args.text_encoder else "tiny")
-    if models_dir is not None and name == "tiny":
-        raise ValueError(
-            "--models_dir was given, but tiny comes with the package; name the variant to look for with --model_version"
-        )
-    if name == "auto" and not args.dit:
-        raise ValueError("auto tells the variant from the DiT, but no --dit was given; give it or a --model_version")
-    if name == "auto":
-        variant = resolve_variant(TensorSource(args.dit, component="dit"))
-    elif name in VARIANTS:
-        variant = get_variant(name)
-    else:
-        raise ValueError(f"--model_version is {name!r}; allowed are auto, {', '.join(VARIANTS)}")
+    variant = find_variant(args)
 
     def find(component: WeightsComponent, explicit: str | None) -> Path:
         return find_weights(variant, component, Path(explicit) if explicit else None, models_dir)
@@ -217,21 +247,6 @@ def find_model_files(args: argparse.Namespace) -> ModelFiles:
     )
     resolve_variant(TensorSource(files.dit, component="dit"), variant.name)
     return files
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name; None: CUDA where there is one, else the CPU."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros((), device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"--device is {name!r}, which cannot be used ({reason}); give cpu, cuda or cuda:N") from error
-    if device.type == "meta":
-        raise ValueError("--device is 'meta', which holds no values; give cpu, cuda or cuda:N")
-    return device
 
 
 def prepare_folder(path: str) -> Path:
@@ -255,8 +270,18 @@ def prepare_folder(path: str) -> Path:
 class Session:
     """Loaded networks, and the text embeddings of the prompts so far."""
 
-    def __init__(self, *, pipeline: Flux2Pipeline, files: ModelFiles, folder: Path, args: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        *,
+        pipeline: Flux2Pipeline,
+        files: ModelFiles,
+        folder: Path,
+        args: argparse.Namespace,
+        loras: Sequence[LoraSetting] = (),
+    ) -> None:
         self.pipeline = pipeline
+        self.loras = loras
+        """Live in the pipeline's DiT already."""
         self.files = files
         self.folder = folder
         self.args = args
@@ -353,6 +378,9 @@ class Session:
             dit=self.files.dit.name,
             autoencoder=self.files.autoencoder.name,
             text_encoder=self.files.text_encoder.name,
+            loras=tuple((setting.lora.name, setting.strength) for setting in self.loras),
+            lora_include=tuple(self.args.include_patterns or ()),
+            lora_exclude=tuple(self.args.exclude_patterns or ()),
             version=kit_version(),
         )
 

@@ -1,4 +1,4 @@
-"""``flux2 inspect``: what files are, told from headers, without loading weights."""
+"""``flux2 inspect``: what files are, told from headers; only LoRAs, which are small, are read."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from .command_errors import describe_error
 from .detect import FileDescription, detect, resolve_variant
+from .lora_command import lora_facts
 from .picture_metadata import GenerationRecord, parse_record, read_png_text
 from .tensor_source import SUBFOLDERS, TensorSource
 from .weights import WeightsComponent
@@ -97,8 +98,10 @@ def inspect_tensors(source: TensorSource) -> dict[str, Any]:
         "num_files": len(source.files) if len(source.files) > 1 else None,
         "rank": description.rank,
         "num_targets": description.num_targets,
-        "metadata": source.metadata,
     }
+    if description.kind in ("lora", "other") and (lora := lora_facts(source)) is not None:
+        facts |= {"kind": "lora", "what": "a FLUX.2 LoRA", **lora, "num_targets": None}
+    facts["metadata"] = source.metadata
     return {name: value for name, value in facts.items() if value is not None}
 
 
@@ -112,6 +115,10 @@ def as_block(facts: Mapping[str, Any]) -> str:
             rows += [(key, _shorten(text)) for key, text in value.items() if text is not None]
         elif name == "num_parameters":
             rows.append(("parameters", _count(value)))
+        elif name == "unmatched":
+            rows.append((name, _shorten(f"{len(value)} tensors: {', '.join(value)}")))
+        elif name in ("rank", "alpha"):
+            rows.append((name, _numbers(value)))
         elif name == "size_gib":
             rows.append(("size", f"{value:.2f} GiB" if value >= 0.1 else f"{value * 1024:.1f} MiB"))
         elif name == "variant" and isinstance(value, list):
@@ -142,6 +149,10 @@ def _shorten(value: Any) -> str:
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     text = " ".join(text.split())
     return text if len(text) <= MAX_SHOWN_TEXT else f"{text[:MAX_SHOWN_TEXT]}... ({len(text)} characters)"
+
+
+def _numbers(value: float | list[float]) -> str:
+    return ", ".join(f"{number:g}" for number in (value if isinstance(value, list) else [value]))
 
 
 def _count(number: int) -> str:

@@ -9,12 +9,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 DISTRIBUTION = "comfyui-flux2-kit"
 RECORD_KEY = "flux2_kit"
 """PNG text chunk and safetensors metadata key of the JSON record."""
 TEXT_KEY = "parameters"
 """PNG text chunk for people; image browsers show it."""
+LISTS = ("references", "lora_include", "lora_exclude")
+"""Fields that JSON holds as lists of texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,11 @@ class GenerationRecord:
     dit: str
     autoencoder: str
     text_encoder: str
+    loras: tuple[tuple[str, float], ...] = ()
+    """File name and strength of each."""
+    lora_include: tuple[str, ...] = ()
+    lora_exclude: tuple[str, ...] = ()
+    """Patterns of layers, for all LoRAs."""
     version: str
     """Of FLUX.2 Kit."""
 
@@ -62,6 +70,7 @@ class GenerationRecord:
             "Image of the seed": f"{self.image_index + 1} of {self.num_images}" if self.num_images > 1 else None,
             "Size": f"{self.width}x{self.height}",
             "Model": self.variant,
+            "LoRAs": " + ".join(f"{name} {strength:g}" for name, strength in self.loras) or None,
             "References": len(self.references) or None,
             "Version": f"FLUX.2 Kit {self.version}",
         }
@@ -96,10 +105,12 @@ def parse_record(metadata: Mapping[str, object]) -> GenerationRecord | None:
         values = json.loads(text)
         known = {field.name for field in fields(GenerationRecord)}
         values = {name: value for name, value in values.items() if name in known}
-        record = GenerationRecord(**values | {"references": tuple(values.get("references", ()))})
+        lists: dict[str, Any] = {name: tuple(values.get(name, ())) for name in LISTS}
+        lists["loras"] = tuple((str(name), float(strength)) for name, strength in values.get("loras", ()))
+        record = GenerationRecord(**values | lists)
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None
-    texts = (record.prompt, record.variant, *record.references)
+    texts = (record.prompt, record.variant, *record.references, *record.lora_include, *record.lora_exclude)
     numbers = (record.seed, record.width, record.height, record.num_steps, record.num_images, record.image_index)
     valid = all(isinstance(value, str) for value in texts) and all(type(value) is int for value in numbers)
     return record if valid else None

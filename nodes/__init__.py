@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .conditioning import EncodePrompt, EncodeReference
 from .loaders import LoadAutoencoder, LoadDiT, LoadTextEncoder
+from .lora import ApplyLoRA, SaveMergedDiT
 from .sampling import Decode, Sample
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {
@@ -14,6 +15,8 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "Flux2KitEncodeReference": EncodeReference,
     "Flux2KitSample": Sample,
     "Flux2KitDecode": Decode,
+    "Flux2KitApplyLoRA": ApplyLoRA,
+    "Flux2KitSaveMergedDiT": SaveMergedDiT,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
@@ -24,4 +27,6 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "Flux2KitEncodeReference": "FLUX.2 Encode Reference",
     "Flux2KitSample": "FLUX.2 Sample",
     "Flux2KitDecode": "FLUX.2 Decode",
+    "Flux2KitApplyLoRA": "FLUX.2 Apply LoRA",
+    "Flux2KitSaveMergedDiT": "FLUX.2 Save Merged DiT",
 }

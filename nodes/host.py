@@ -27,8 +27,12 @@ FOLDER_KINDS: dict[WeightsComponent, str] = {
     "text_encoder": "text_encoders",
 }
 """ComfyUI's names of the folders."""
+LORA_KIND = "loras"
+NO_LORA = "none"
+"""Combo entry that applies nothing, so that the node works over an empty folder."""
 FALLBACK_MODELS_DIR = Path("models")
 """Searched where there is no ComfyUI."""
+FALLBACK_OUTPUT_DIR = Path("output")
 SUFFIXES = (".safetensors", ".sft")
 PREVIEW_SIDE = 512
 """Previews are shown at this size, in pixels."""
@@ -36,13 +40,12 @@ PREVIEW_SIDE = 512
 
 def model_names(component: WeightsComponent) -> list[str]:
     """Combo entries: the bundled weights, then the files in ComfyUI's folder; of a set of shards only the first."""
-    kind = FOLDER_KINDS[component]
-    if (folder_paths := _loaded("folder_paths")) is not None:
-        names = folder_paths.get_filename_list(kind)
-    else:
-        folder = FALLBACK_MODELS_DIR / kind
-        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return [BUNDLED, *(name for name in names if name.endswith(SUFFIXES) and not _is_later_shard(name))]
+    return [BUNDLED, *_file_names(FOLDER_KINDS[component])]
+
+
+def lora_names() -> list[str]:
+    """Combo entries: none, then the files in ComfyUI's loras folder."""
+    return [NO_LORA, *_file_names(LORA_KIND)]
 
 
 def check_model_name(component: WeightsComponent, name: str) -> None:
@@ -51,11 +54,12 @@ def check_model_name(component: WeightsComponent, name: str) -> None:
     Raises:
         ValueError: with the folder to put a file into.
     """
-    if name not in model_names(component):
-        raise ValueError(
-            f"{name!r} is not in ComfyUI's {FOLDER_KINDS[component]} folder; put the file there and refresh (R), or "
-            f"choose another entry, such as {BUNDLED!r}"
-        )
+    _check_name(FOLDER_KINDS[component], name, model_names(component))
+
+
+def check_lora_name(name: str) -> None:
+    """As `check_model_name`."""
+    _check_name(LORA_KIND, name, lora_names())
 
 
 def model_path(component: WeightsComponent, name: str) -> Path:
@@ -65,20 +69,48 @@ def model_path(component: WeightsComponent, name: str) -> Path:
         ValueError: there is none.
     """
     check_model_name(component, name)
-    if name == BUNDLED:
-        return bundled_path(component)
-    kind = FOLDER_KINDS[component]
-    if (folder_paths := _loaded("folder_paths")) is None:
-        return FALLBACK_MODELS_DIR / kind / name
-    path = folder_paths.get_full_path(kind, name)
-    if path is None:
-        raise ValueError(f"{name!r} has gone from ComfyUI's {kind} folder; put it back, or choose another entry")
-    return Path(path)
+    return bundled_path(component) if name == BUNDLED else _full_path(FOLDER_KINDS[component], name)
+
+
+def lora_path(name: str) -> Path | None:
+    """The file behind a combo entry; None for `NO_LORA`.
+
+    Raises:
+        ValueError: there is no such entry, or its file has gone.
+    """
+    check_lora_name(name)
+    return None if name == NO_LORA else _full_path(LORA_KIND, name)
 
 
 def bundled_path(component: WeightsComponent) -> Path:
     """The tiny model's weights inside the package."""
     return find_weights(get_variant("tiny"), component)
+
+
+def free_output_path(prefix: str, suffix: str) -> Path:
+    """A new file in ComfyUI's output folder, numbered as native nodes number theirs; its folder is made.
+
+    Raises:
+        ValueError: the prefix has no file name, or leads out of the folder.
+    """
+    folder_paths = _loaded("folder_paths")
+    root = Path(folder_paths.get_output_directory() if folder_paths is not None else FALLBACK_OUTPUT_DIR).resolve()
+    plain = prefix.replace("\\", "/")
+    wanted = root / plain
+    if not plain.strip() or plain.endswith("/") or "\0" in plain or not wanted.resolve().is_relative_to(root):
+        raise ValueError(
+            f"the file name prefix {prefix!r} does not name a file in ComfyUI's output folder; give a name such as "
+            "diffusion_models/merged"
+        )
+    if folder_paths is not None:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(plain, str(root))
+        wanted = Path(folder) / name
+    else:
+        counter = 1
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    while (path := wanted.with_name(f"{wanted.name}_{counter:05}_{suffix}")).exists():
+        counter += 1
+    return path
 
 
 def tokenizer_directories() -> list[Path]:
@@ -147,6 +179,32 @@ def show_text(text: str, node_id: str | None) -> None:
     server = getattr(getattr(_loaded("server"), "PromptServer", None), "instance", None)
     if server is not None and node_id is not None and hasattr(server, "send_progress_text"):
         server.send_progress_text(text, node_id)
+
+
+def _file_names(kind: str) -> list[str]:
+    if (folder_paths := _loaded("folder_paths")) is not None:
+        names = folder_paths.get_filename_list(kind)
+    else:
+        folder = FALLBACK_MODELS_DIR / kind
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return [name for name in names if name.endswith(SUFFIXES) and not _is_later_shard(name)]
+
+
+def _check_name(kind: str, name: str, choices: list[str]) -> None:
+    if name not in choices:
+        raise ValueError(
+            f"{name!r} is not in ComfyUI's {kind} folder; put the file there and refresh (R), or choose another entry, "
+            f"such as {choices[0]!r}"
+        )
+
+
+def _full_path(kind: str, name: str) -> Path:
+    if (folder_paths := _loaded("folder_paths")) is None:
+        return FALLBACK_MODELS_DIR / kind / name
+    path = folder_paths.get_full_path(kind, name)
+    if path is None:
+        raise ValueError(f"{name!r} has gone from ComfyUI's {kind} folder; put it back, or choose another entry")
+    return Path(path)
 
 
 def _loaded(name: str) -> Any:

@@ -14,6 +14,7 @@ import torch
 
 from ..flux2_core.autoencoder import Flux2Autoencoder
 from ..flux2_core.dit import Flux2DiT
+from ..flux2_core.lora import LoraSetting
 from ..flux2_core.text_encoder import TextEncoder
 from ..flux2_core.variants import VARIANTS, Variant
 from ..flux2_core.weights import WeightsComponent
@@ -38,7 +39,10 @@ class LoadedDiT:
     """What goes over a FLUX2_DIT link."""
 
     dit: Flux2DiT
+    """Shared by all links from one loader, and without LoRAs."""
     variant: Variant
+    loras: tuple[LoraSetting, ...] = ()
+    """To be applied while this link's DiT runs."""
 
 
 class LoadDiT:

@@ -21,6 +21,7 @@ from ..flux2_core.variants import VARIANTS
 from . import host
 from .conditioning import Conditioning, NativePrompt, References, read_conditioning
 from .loaders import LoadedDiT
+from .lora import live_loras
 
 MAX_SIDE = 16384
 """Largest side that the widgets offer, in pixels: ComfyUI's own limit."""
@@ -149,17 +150,18 @@ class Sample:
         against = read_conditioning(negative, "negative", dit.variant.text_encoder) if negative is not None else None
         check_agreement(prompt, against)
         sampling = sampling_config(settings, prompt.guidance).resolved(dit.variant)
-        host.show_text(describe(sampling, dit.variant.name), unique_id)
-        samples = sample_latents(
-            dit.dit,
-            dit.variant,
-            sampling,
-            prompt.text,
-            negative_text=against.text if against is not None else None,
-            references=all_references(prompt.references, references),
-            on_step=show_steps(sampling.num_steps or 0, ae, unique_id),
-            should_stop=host.should_stop,
-        )
+        host.show_text(describe(sampling, dit.variant.name, len(dit.loras)), unique_id)
+        with live_loras(dit):
+            samples = sample_latents(
+                dit.dit,
+                dit.variant,
+                sampling,
+                prompt.text,
+                negative_text=against.text if against is not None else None,
+                references=all_references(prompt.references, references),
+                on_step=show_steps(sampling.num_steps or 0, ae, unique_id),
+                should_stop=host.should_stop,
+            )
         return ({"samples": samples.cpu()},)
 
 
@@ -257,11 +259,12 @@ def show_steps(num_steps: int, ae: Flux2Autoencoder | None, node_id: str | None)
     return on_step
 
 
-def describe(sampling: SamplingConfig, variant: str) -> str:
+def describe(sampling: SamplingConfig, variant: str, num_loras: int = 0) -> str:
     """One line with what the settings left at 0 became."""
     parts = [variant, f"{sampling.width}x{sampling.height}", f"{sampling.num_steps} steps"]
     parts += [f"cfg {sampling.cfg_scale:g}"] if sampling.cfg_scale not in (None, 1) else []
     parts += [f"guidance {sampling.guidance:g}"] if sampling.guidance is not None else []
+    parts += [f"{num_loras} LoRA{'s' if num_loras > 1 else ''}"] if num_loras else []
     return ", ".join(parts)
 
 

@@ -20,6 +20,8 @@ NODE_IDS = [
     "Flux2KitEncodeReference",
     "Flux2KitSample",
     "Flux2KitDecode",
+    "Flux2KitApplyLoRA",
+    "Flux2KitSaveMergedDiT",
 ]
 """They stand in people's workflows: names may be added here, never changed."""
 SAMPLING_INPUTS = [
@@ -37,6 +39,11 @@ INPUTS_AND_OUTPUTS = {
         ["LATENT"],
     ),
     "Flux2KitDecode": (["ae", "latent", "tiling"], ["IMAGE"]),
+    "Flux2KitApplyLoRA": (
+        ["dit", "lora_name", "strength", "include", "exclude", "allow_unmatched"],
+        ["FLUX2_DIT"],
+    ),
+    "Flux2KitSaveMergedDiT": (["dit", "filename_prefix", "precision"], ["STRING"]),
 }
 """Widget values are saved by position: inputs may be added at the end, never moved."""
 
