@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from .lora_files import linear_shapes
 from .tensor_source import TORCH_DTYPES
 from .variants import VARIANTS, Variant
 
+TensorCallback = Callable[[int, int], None]
+"""Told the number of tensors done and the number in all."""
 EXACT_SVD_SIDE = 1024
 """Matrices whose shorter side is longer than this are decomposed by randomised subspace iteration."""
 SVD_OVERSAMPLING = 16
@@ -204,6 +206,7 @@ def merge_checkpoint(
     variant: str | None = None,
     device: str | torch.device = "cpu",
     variants: Mapping[str, Variant] = VARIANTS,
+    on_tensor: TensorCallback | None = None,
 ) -> Path:
     """Writes a DiT checkpoint with LoRAs merged in as one file in BFL's layout, atomically and layer by layer.
 
@@ -211,6 +214,7 @@ def merge_checkpoint(
         source_path: a DiT in any layout that `load_dit` reads.
         dtype: type of all weights; None keeps the source's (bf16 for an fp8 file).
         device: where the sums are computed.
+        on_tensor: called after each tensor with the number done and the number in all.
 
     Raises:
         ValueError: as `load_dit` and `apply_loras`.
@@ -219,14 +223,57 @@ def merge_checkpoint(
     for setting in settings:
         _check_shapes(setting.lora, linear_shapes(reader.variant.dit))
     dtype = dtype or reader.dtype
-    words = {torch_dtype: word for word, torch_dtype in TORCH_DTYPES.items()}
-    layout = {name: (words[dtype], shape, math.prod(shape) * dtype.itemsize) for name, shape in reader.shapes.items()}
     # One cast, at the end: the sum is made of weights that keep all of the file's precision.
     reader.dtype = torch.float32
-    tensors = merged_tensors(((name, reader.get(name)) for name in reader.shapes), settings)
-    metadata = dit_metadata(out_path, reader.variant)
+    tensors = ((name, reader.get(name)) for name in reader.shapes)
+    return write_merged(out_path, reader.variant, tensors, reader.shapes, settings, dtype, on_tensor=on_tensor)
+
+
+def save_merged_dit(
+    path: str | os.PathLike[str],
+    dit: Flux2DiT,
+    variant: Variant,
+    settings: Sequence[LoraSetting],
+    dtype: torch.dtype | None = None,
+    *,
+    on_tensor: TensorCallback | None = None,
+) -> Path:
+    """Like `merge_checkpoint`, for a model that is loaded already; the model stays as it is."""
+    state = dit.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    tensors = ((name, tensor.float()) for name, tensor in state.items())
+    return write_merged(path, variant, tensors, shapes, settings, dtype or dit.dtype, on_tensor=on_tensor)
+
+
+def write_merged(
+    path: str | os.PathLike[str],
+    variant: Variant,
+    tensors: Iterable[tuple[str, Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    settings: Sequence[LoraSetting],
+    dtype: torch.dtype,
+    *,
+    on_tensor: TensorCallback | None = None,
+) -> Path:
+    """Streams a DiT's fp32 weights, by BFL name, with LoRAs merged in into one file; each sum is cast once.
+
+    Raises:
+        ValueError: a setting is wrong, see `LoraSetting`, or a result is too large for ``dtype``.
+    """
+    for setting in settings:
+        setting.layer_strengths()  # refused before a file is begun
+    words = {torch_dtype: word for word, torch_dtype in TORCH_DTYPES.items()}
+    layout = {name: (words[dtype], shape, math.prod(shape) * dtype.itemsize) for name, shape in shapes.items()}
+    metadata = dit_metadata(path, variant)
     metadata["flux2_kit.merged_loras"] = ", ".join(f"{s.lora.name} {s.strength:g}" for s in settings)
-    return stream_safetensors(out_path, layout, ((name, _cast(name, t, dtype)) for name, t in tensors), metadata)
+
+    def merged() -> Iterator[tuple[str, Tensor]]:
+        for number, (name, tensor) in enumerate(merged_tensors(tensors, settings), start=1):
+            yield name, _cast(name, tensor, dtype)
+            if on_tensor is not None:
+                on_tensor(number, len(shapes))
+
+    return stream_safetensors(path, layout, merged(), metadata)
 
 
 def extract_lora(
@@ -238,6 +285,7 @@ def extract_lora(
     variant: str | None = None,
     allow_unmatched: bool = False,
     variants: Mapping[str, Variant] = VARIANTS,
+    on_tensor: TensorCallback | None = None,
 ) -> Lora:
     """The LoRA of this rank that is nearest to the difference of two checkpoints, by truncated SVD, layer by layer.
 
@@ -247,6 +295,7 @@ def extract_lora(
     Args:
         allow_unmatched: whether differences that a LoRA cannot hold, in the norms, are left out and named in the
             report; they are an error otherwise.
+        on_tensor: called before each tensor with the number done and the number in all.
 
     Raises:
         ValueError: as `load_dit`; the checkpoints are of different shapes, or do not differ; the rank is below 1.
@@ -264,7 +313,9 @@ def extract_lora(
     layers: dict[str, tuple[Factors, ...]] = {}
     unmatched = []
     with torch.inference_mode(False), torch.no_grad():
-        for name in base.shapes:
+        for number, name in enumerate(base.shapes):
+            if on_tensor is not None:
+                on_tensor(number, len(base.shapes))
             difference = tuned.get(name) - base.get(name)
             if not difference.isfinite().all():
                 raise ValueError(f"{name} of {base_path} or {tuned_path} is not finite; give undamaged checkpoints")

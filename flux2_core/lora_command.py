@@ -6,14 +6,18 @@ import argparse
 import logging
 import math
 import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from .command_options import DTYPES, choose_device
 from .detect import resolve_variant
 from .dit import DiTConfig
-from .lora import LoraSetting, extract_lora, merge_checkpoint
+from .lora import LoraSetting, TensorCallback, extract_lora, merge_checkpoint
 from .lora_files import read_lora
 from .lora_tools import SIZES, fitting_variants, read_fitting_lora
 from .lora_writer import write_lora
@@ -119,7 +123,21 @@ def save_merged(args: argparse.Namespace, *, dit: Path, variant: str, out_path: 
     settings = read_lora_settings(args, resolve_variant(source, variant).dit)
     dtype = DTYPES[args.dtype] if args.dtype else None
     make_parent(path)
-    print(merge_checkpoint(dit, settings, path, dtype, variant=variant, device=device), flush=True)
+    with tensor_bar() as on_tensor:
+        merge_checkpoint(dit, settings, path, dtype, variant=variant, device=device, on_tensor=on_tensor)
+    print(path, flush=True)
+
+
+@contextmanager
+def tensor_bar() -> Iterator[TensorCallback]:
+    """A bar over the tensors of a checkpoint on stderr, where that is a terminal."""
+    with tqdm(unit="tensor", disable=None, leave=False, file=sys.stderr) as bar:
+
+        def show(num_done: int, num_all: int) -> None:
+            bar.total = num_all
+            bar.update(num_done - bar.n)
+
+        yield show
 
 
 def run_convert_lora(args: argparse.Namespace) -> int:
@@ -146,14 +164,16 @@ def run_extract_lora(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     sources = [TensorSource(path, component="dit") for path in (args.base, args.tuned)]
     path = check_output(args.output, [file for source in sources for file in source.files])
-    lora = extract_lora(
-        args.base,
-        args.tuned,
-        args.rank,
-        device,
-        variant=args.model_version,
-        allow_unmatched=args.allow_unmatched,
-    )
+    with tensor_bar() as on_tensor:
+        lora = extract_lora(
+            args.base,
+            args.tuned,
+            args.rank,
+            device,
+            variant=args.model_version,
+            allow_unmatched=args.allow_unmatched,
+            on_tensor=on_tensor,
+        )
     logger.info("%s: %s", path.name, lora.report.summary())
     make_parent(path)
     print(write_lora(path, lora, "comfy", DTYPES[args.dtype] if args.dtype else None), flush=True)

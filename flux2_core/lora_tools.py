@@ -1,22 +1,14 @@
-"""What commands and nodes share about LoRAs: the size of DiT that a file fits, and a loaded DiT merged into a file."""
+"""Which size of DiT a LoRA fits."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from .checkpoint import dit_metadata
-from .dit import DiTConfig, Flux2DiT
-from .files import stream_safetensors
-from .lora import LoraSetting, merged_tensors
+from .dit import DiTConfig
 from .lora_factors import Lora
 from .lora_files import linear_shapes, read_lora
-from .tensor_source import TORCH_DTYPES, TensorSource
-from .variants import DIT_4B, DIT_9B, DIT_32B, DIT_TINY, VARIANTS, Variant, get_variant
+from .tensor_source import TensorSource
+from .variants import DIT_4B, DIT_9B, DIT_32B, DIT_TINY, VARIANTS, get_variant
 
 SIZES: dict[DiTConfig, str] = {DIT_4B: "4B", DIT_9B: "9B", DIT_32B: "32B", DIT_TINY: "tiny"}
 """What people call the shapes of DiT."""
@@ -49,50 +41,6 @@ def read_fitting_lora(
 def fitting_variants(config: DiTConfig) -> tuple[str, ...]:
     """Names of the variants that a LoRA of this shape of DiT can be used with."""
     return tuple(name for name, variant in VARIANTS.items() if variant.dit == config)
-
-
-def save_merged_dit(
-    path: str | os.PathLike[str],
-    dit: Flux2DiT,
-    variant: Variant,
-    settings: Sequence[LoraSetting],
-    dtype: torch.dtype | None = None,
-    *,
-    on_tensor: Callable[[int, int], None] | None = None,
-) -> Path:
-    """Writes a loaded DiT with LoRAs merged in as one file in BFL's layout, atomically; the model stays as it is.
-
-    Sums are made in fp32 and cast once.
-
-    Args:
-        dtype: type of all weights; None keeps the model's.
-        on_tensor: called after each tensor with the number done and the number in all.
-
-    Raises:
-        ValueError: a setting is wrong, see `LoraSetting`, or a result is too large for ``dtype``.
-    """
-    state = dit.state_dict()
-    dtype = dtype or dit.dtype
-    words = {torch_dtype: word for word, torch_dtype in TORCH_DTYPES.items()}
-    layout = {
-        name: (words[dtype], tuple(tensor.shape), tensor.numel() * dtype.itemsize) for name, tensor in state.items()
-    }
-
-    def merged() -> Iterator[tuple[str, Tensor]]:
-        full = ((name, tensor.float()) for name, tensor in state.items())
-        for number, (name, tensor) in enumerate(merged_tensors(full, settings), start=1):
-            result = tensor.to(dtype)
-            if not result.isfinite().all():
-                raise ValueError(f"{name} is too large for {dtype}, or was not finite; save it as bf16 or fp32")
-            yield name, result
-            if on_tensor is not None:
-                on_tensor(number, len(state))
-
-    for setting in settings:
-        setting.layer_strengths()  # refused before a file is begun
-    metadata = dit_metadata(path, variant)
-    metadata["flux2_kit.merged_loras"] = ", ".join(f"{s.lora.name} {s.strength:g}" for s in settings)
-    return stream_safetensors(path, layout, merged(), metadata)
 
 
 def _num_fitting(source: TensorSource, config: DiTConfig) -> int:

@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ..flux2_core.lora import LoraSetting, apply_loras, remove_loras
+from ..flux2_core.lora import LoraSetting, apply_loras, remove_loras, save_merged_dit
 from ..flux2_core.lora_files import read_lora
-from ..flux2_core.lora_tools import save_merged_dit
 from . import host
 from .loaders import PRECISIONS, LoadedDiT
 
