@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import flux2_kit
 import pytest
 from flux2_kit.flux2_core.variants import VARIANTS, Variant
 from flux2_kit.flux2_core.weights import TEXT_ENCODER_NAMES
@@ -43,3 +44,9 @@ def test_every_picture_and_link_of_the_readme_exists() -> None:
     local = [target for target in targets if "://" not in target]
     assert local
     assert [target for target in local if not (REPOSITORY / target).exists()] == []
+
+
+def test_every_node_is_listed_with_its_own_words() -> None:
+    names = flux2_kit.NODE_DISPLAY_NAME_MAPPINGS
+    rows = [f"| {names[key]} | {node.DESCRIPTION} |" for key, node in flux2_kit.NODE_CLASS_MAPPINGS.items()]
+    assert [row for row in rows if row not in README] == []
