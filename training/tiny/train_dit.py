@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 class DiTTrainConfig:
     """How the tiny DiT and text encoder are trained."""
 
-    num_steps: int = 16_000
+    num_steps: int = 14_500
     batch_sizes: tuple[int, int, int] = (128, 96, 80)
     """Pictures in a step without, with one and with two references: about the same number of tokens each."""
     task_weights: tuple[float, float, float] = (0.50, 0.35, 0.15)
