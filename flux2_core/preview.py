@@ -1,7 +1,7 @@
 """Quick pictures of latents while sampling: a linear map from the 32 latent channels to RGB, without the decoder.
 
-The map is fitted on the autoencoder that is loaded, by least squares over smooth colour fields, so it fits every
-autoencoder and needs no table.
+The map is fitted on the autoencoder that is loaded, by least squares over plain, split and smooth colour fields, so it
+suits every autoencoder and needs no table.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 from .autoencoder import Flux2Autoencoder, unpack_2x2
 from .images import tensor_to_images
 
-NUM_FIELDS = 8
-FIELD_SIZE = 128
+FIELD_SIZE = 64
+FIELDS = ((32, 1, "nearest"), (32, 2, "nearest"), (12, 2, "bilinear"))
+"""Number of colour fields, colours along a side, and how they blend: plain areas, edges, slopes."""
 RIDGE = 1e-3
 
 
@@ -33,12 +34,16 @@ class PreviewFactors:
 
 @torch.inference_mode()
 def fit_preview(autoencoder: Flux2Autoencoder) -> PreviewFactors:
-    """Fits the factors: eight colour fields of 128x128 px are encoded and regressed on their 8x8 means."""
+    """Fits the factors: 76 colour fields of 64x64 px are encoded and regressed on their 8x8 means."""
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(NUM_FIELDS, 3, 5, 5, generator=generator)
-    fields = F.interpolate(coarse, size=(FIELD_SIZE, FIELD_SIZE), mode="bicubic", align_corners=True).clamp(0, 1)
+    fields = torch.cat(
+        [
+            F.interpolate(torch.rand(number, 3, side, side, generator=generator), size=FIELD_SIZE, mode=mode)
+            for number, side, mode in FIELDS
+        ]
+    )
     fields = fields * 2 - 1
-    latents = torch.cat([autoencoder.encode(field[None]) for field in fields])
+    latents = torch.cat([autoencoder.encode(batch) for batch in fields.split(4)])
     z = unpack_2x2(autoencoder.denormalize(latents)).cpu()
     wanted = F.avg_pool2d(fields, 8)
     rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).double()

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from flux2_kit.flux2_core.cli import main
 from flux2_kit.flux2_core.images import image_to_tensor, load_image
 from flux2_kit.flux2_core.pipeline import Flux2Pipeline, GenerateRequest, SamplingConfig, load_pipeline
+from flux2_kit.flux2_core.preview import fit_preview, preview_images
 from flux2_kit.flux2_core.weights import TINY_FOLDER
 from flux2_kit.training.tiny.evaluate import (
     evaluate,
@@ -17,8 +19,9 @@ from flux2_kit.training.tiny.evaluate import (
     held_out_prompts,
     judge,
     round_trip_psnr,
+    short_prompts,
 )
-from flux2_kit.training.tiny.pictures import Scene
+from flux2_kit.training.tiny.pictures import Scene, draw_scenes, held_out_scenes
 from PIL import Image
 
 NUM_EXAMPLES = 40
@@ -70,12 +73,25 @@ def test_a_large_reference_is_brought_to_the_size_it_knows(pipeline: Flux2Pipeli
     assert edited.size == (64, 64) and (shown(edited).color, shown(edited).kind) == ("green", "circle")
 
 
+def test_short_prompts(pipeline: Flux2Pipeline) -> None:
+    """The README gives 81.5 % and 92 %: with most left open, the model is less sure than with a full caption."""
+    result = evaluate(pipeline, short_prompts()[: 2 * NUM_EXAMPLES])
+    assert result.kind >= 0.7 and result.color >= 0.85
+
+
 def test_pictures_of_one_seed_differ_where_the_prompt_leaves_room(pipeline: Flux2Pipeline) -> None:
-    prompt = "a large green star on a white background"
-    request = GenerateRequest(prompt=prompt, sampling=SamplingConfig(num_images=6))
+    request = GenerateRequest(prompt="a green circle", sampling=SamplingConfig(num_images=6))
     scenes = [shown(image) for image in pipeline.generate(request).images]
-    right = [scene for scene in scenes if (scene.kind, scene.color, scene.background) == ("star", "green", "white")]
-    assert len(right) >= 4 and len({scene.position for scene in right}) > 1
+    assert len({scene.position for scene in scenes}) > 1 and len({scene.background for scene in scenes}) > 1
+
+
+def test_previews_show_the_colors(pipeline: Flux2Pipeline) -> None:
+    pictures = draw_scenes(held_out_scenes()) * 2 - 1
+    factors = fit_preview(pipeline.autoencoder)
+    previews = preview_images(pipeline.autoencoder.encode(pictures), pipeline.autoencoder, factors)
+    shown_pixels = torch.cat([image_to_tensor(preview) for preview in previews])
+    error = (shown_pixels - F.avg_pool2d(pictures, 8)).square().mean().sqrt() / 2
+    assert error < 0.18, "a preview that knows nothing but the mean colour is off by 0.34"
 
 
 def test_the_first_command_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
