@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
-import platform
 import statistics
 import time
+
+from machine import machine_facts
 
 PROMPT = "a large red circle at the top left on a blue background"
 
@@ -56,10 +56,7 @@ def main() -> None:
         "first_picture_s": first,
         "median_s": median,
         "samples_s": samples,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cpu_count": os.cpu_count(),
+        **machine_facts(),
     }
     print(json.dumps(result))
 

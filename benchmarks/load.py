@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,6 +17,8 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+
+from machine import machine_facts
 
 LIMIT = 1.15
 REPEATS = 5
@@ -110,8 +110,6 @@ def main() -> None:
         print(json.dumps(load_once(Path(options.child[0]), int(options.child[1]))))
         return
 
-    import torch
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "klein-4b.safetensors"
         num_single_blocks = write_checkpoint(path, options.gib, options.layout, options.precision)
@@ -135,10 +133,7 @@ def main() -> None:
         "limit": LIMIT,
         "within_limit": max(ratios) <= LIMIT,
         "samples": samples,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cpu_count": os.cpu_count(),
+        **machine_facts(),
     }
     print(json.dumps(result))
 

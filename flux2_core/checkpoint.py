@@ -54,13 +54,7 @@ def load_dit(
     Raises:
         ValueError: the file is missing, damaged, something else than a FLUX.2 DiT, or of another variant.
     """
-    source = TensorSource(path, component="dit")
-    description = detect(source, variants=variants)
-    if description.kind != "dit":
-        raise ValueError(describe_other(source, description, "a FLUX.2 DiT"))
-    found = resolve_variant(source, variant, variants=variants)
-    with torch.device("meta"):
-        dit = Flux2DiT(found.dit)
+    source, description, found, dit = _open_dit(path, variant, variants)
     _load_weights(dit, source, description, "dit", dtype, torch.device(device))
     return dit, found
 
@@ -80,14 +74,9 @@ class DiTReader:
         *,
         variants: Mapping[str, Variant] = VARIANTS,
     ) -> None:
-        self.source = TensorSource(path, component="dit")
+        self.source, description, self.variant, dit = _open_dit(path, variant, variants)
         self.device = torch.device(device)
-        description = detect(self.source, variants=variants)
-        if description.kind != "dit":
-            raise ValueError(describe_other(self.source, description, "a FLUX.2 DiT"))
-        self.variant = resolve_variant(self.source, variant, variants=variants)
-        with torch.device("meta"):
-            expected = Flux2DiT(self.variant.dit).state_dict()
+        expected = dit.state_dict()
         steps = component_steps(self.source, description, "dit")
         _check_quantisation(self.source, description, steps)
         _check_names_and_shapes(self.source, description, steps, expected)
@@ -102,6 +91,19 @@ class DiTReader:
     def get(self, name: str) -> Tensor:
         """One weight, by its BFL name."""
         return _make(self.source, self._description, self._steps[name], self._scales, self.dtype, self.device)
+
+
+def _open_dit(
+    path: str | os.PathLike[str], variant: str | None, variants: Mapping[str, Variant]
+) -> tuple[TensorSource, FileDescription, Variant, Flux2DiT]:
+    """A DiT checkpoint, its description, its variant, and the model it belongs into, on the meta device."""
+    source = TensorSource(path, component="dit")
+    description = detect(source, variants=variants)
+    if description.kind != "dit":
+        raise ValueError(describe_other(source, description, "a FLUX.2 DiT"))
+    found = resolve_variant(source, variant, variants=variants)
+    with torch.device("meta"):
+        return source, description, found, Flux2DiT(found.dit)
 
 
 def load_autoencoder(

@@ -32,12 +32,21 @@ from .latents import NUM_LATENT_CHANNELS
 from .lora import LoraSetting, apply_loras
 from .lora_command import check_lora_options, read_lora_settings, save_merged
 from .picture_metadata import RECORD_KEY, TEXT_KEY, GenerationRecord, kit_version, parse_record
-from .pipeline import Flux2Pipeline, SamplingConfig, check_num_references, decode_latents, load_pipeline, sample_latents
+from .pipeline import (
+    Flux2Pipeline,
+    ModelFiles,
+    SamplingConfig,
+    check_num_references,
+    decode_latents,
+    find_model_files,
+    load_pipeline,
+    sample_latents,
+)
 from .prompt_lines import PromptLine, parse_prompt_line, prompt_lines
 from .sampling import DenoiseStep
 from .tensor_source import TensorSource
 from .variants import VARIANTS, Variant, get_variant
-from .weights import WeightsComponent, find_weights
+from .weights import find_weights
 
 logger = logging.getLogger(__name__)
 
@@ -64,16 +73,6 @@ class Job:
     """Resolved: nothing is left to the variant."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelFiles:
-    """The variant and where its weights are."""
-
-    variant: Variant
-    dit: Path
-    autoencoder: Path
-    text_encoder: Path
-
-
 def run_generate(args: argparse.Namespace) -> int:
     """Carries out the options of `cli.build_parser`; 0 when every picture was written.
 
@@ -87,7 +86,13 @@ def run_generate(args: argparse.Namespace) -> int:
     check_lora_options(args)
     if args.save_merged_model:
         return save_merged_model(args)
-    files = find_model_files(args)
+    files = find_model_files(
+        find_variant(args),
+        dit=args.dit,
+        autoencoder=args.vae,
+        text_encoder=args.text_encoder,
+        models_dir=_folder_option(args.models_dir),
+    )
     jobs, num_failed = read_jobs(args, files.variant)
     loras = read_lora_settings(args, files.variant.dit)
     folder = prepare_folder(args.save_path)
@@ -174,7 +179,7 @@ def make_job(args: argparse.Namespace, line: PromptLine, variant: Variant) -> Jo
             "set --guidance_scale (--g) above 1, or leave it out"
         )
     paths = tuple(Path(path) for path in line.references or args.control_image_path or ())
-    check_references(paths, sampling.resize_references)
+    check_references(paths)
     return Job(prompt=line.prompt, negative_prompt=negative_prompt or "", reference_paths=paths, sampling=sampling)
 
 
@@ -196,13 +201,13 @@ def make_sampling(args: argparse.Namespace, line: PromptLine, variant: Variant) 
     return SamplingConfig(**{name: value for name, value in given.items() if value is not None}).resolved(variant)
 
 
-def check_references(paths: tuple[Path, ...], resize: bool) -> None:
+def check_references(paths: tuple[Path, ...]) -> None:
     """Reads every reference once, so that a bad one is told before the networks are loaded."""
     check_num_references(len(paths))
     for path in paths:
         image = load_image(path)
         try:
-            reference_size(*image.size, 1024**2 if resize else None)
+            reference_size(*image.size, None)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -225,28 +230,6 @@ def find_variant(args: argparse.Namespace) -> Variant:
     if name not in VARIANTS:
         raise ValueError(f"--model_version is {name!r}; allowed are auto, {', '.join(VARIANTS)}")
     return get_variant(name)
-
-
-def find_model_files(args: argparse.Namespace) -> ModelFiles:
-    """The variant that was asked for and its files; reads headers only.
-
-    Raises:
-        ValueError: weights that are missing or of another variant, or nothing that tells the variant.
-    """
-    models_dir = _folder_option(args.models_dir)
-    variant = find_variant(args)
-
-    def find(component: WeightsComponent, explicit: str | None) -> Path:
-        return find_weights(variant, component, Path(explicit) if explicit else None, models_dir)
-
-    files = ModelFiles(
-        variant=variant,
-        dit=find("dit", args.dit),
-        autoencoder=find("autoencoder", args.vae),
-        text_encoder=find("text_encoder", args.text_encoder),
-    )
-    resolve_variant(TensorSource(files.dit, component="dit"), variant.name)
-    return files
 
 
 def prepare_folder(path: str) -> Path:

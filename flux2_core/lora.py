@@ -134,12 +134,13 @@ def apply_loras(dit: Flux2DiT, settings: Sequence[LoraSetting]) -> None:
         ValueError: a LoRA is for another shape of DiT, or a setting is wrong, see `LoraSetting`; the model is left as
             it was.
     """
-    changes = _collect(settings, _linear_layers(dit))
+    layers = _linear_layers(dit)
+    changes = _collect(settings, layers)
     live = {
         name: tuple(LiveFactors(factors, strength, layer.weight) for factors, strength in changes.get(name, ()))
-        for name, layer in _linear_layers(dit).items()
+        for name, layer in layers.items()
     }
-    for name, layer in _linear_layers(dit).items():
+    for name, layer in layers.items():
         layer.adapters = live[name]
 
 
@@ -220,8 +221,6 @@ def merge_checkpoint(
         ValueError: as `load_dit` and `apply_loras`.
     """
     reader = DiTReader(source_path, variant, None, device, variants=variants)
-    for setting in settings:
-        _check_shapes(setting.lora, linear_shapes(reader.variant.dit))
     dtype = dtype or reader.dtype
     # One cast, at the end: the sum is made of weights that keep all of the file's precision.
     reader.dtype = torch.float32
@@ -258,10 +257,12 @@ def write_merged(
     """Streams a DiT's fp32 weights, by BFL name, with LoRAs merged in into one file; each sum is cast once.
 
     Raises:
-        ValueError: a setting is wrong, see `LoraSetting`, or a result is too large for ``dtype``.
+        ValueError: a LoRA is for another shape of DiT, a setting is wrong, see `LoraSetting`, or a result is too large
+            for ``dtype``.
     """
-    for setting in settings:
-        setting.layer_strengths()  # refused before a file is begun
+    for setting in settings:  # refused before a file is begun
+        _check_shapes(setting.lora, linear_shapes(variant.dit))
+        setting.layer_strengths()
     words = {torch_dtype: word for word, torch_dtype in TORCH_DTYPES.items()}
     layout = {name: (words[dtype], shape, math.prod(shape) * dtype.itemsize) for name, shape in shapes.items()}
     metadata = dit_metadata(path, variant)

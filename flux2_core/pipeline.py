@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -79,17 +79,13 @@ class SamplingConfig:
                 f"guidance is {self.guidance}, but {variant.name} has no guidance embedder; "
                 "use cfg_scale, or leave it out"
             )
-        return SamplingConfig(
+        return replace(
+            self,
             width=self.width or variant.default_size,
             height=self.height or variant.default_size,
             num_steps=self.num_steps or variant.num_steps,
             cfg_scale=variant.cfg_scale if self.cfg_scale is None else self.cfg_scale,
             guidance=variant.guidance if self.guidance is None else self.guidance,
-            flow_shift=self.flow_shift,
-            seed=self.seed,
-            num_images=self.num_images,
-            resize_references=self.resize_references,
-            tile_autoencoder=self.tile_autoencoder,
         )
 
 
@@ -301,6 +297,43 @@ def check_latents(latents: Tensor, num_channels: int, name: str, num_images: int
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """A variant and where its weights are."""
+
+    variant: Variant
+    dit: Path
+    autoencoder: Path
+    text_encoder: Path
+
+
+def find_model_files(
+    variant: Variant,
+    *,
+    dit: str | os.PathLike[str] | None = None,
+    autoencoder: str | os.PathLike[str] | None = None,
+    text_encoder: str | os.PathLike[str] | None = None,
+    models_dir: Path | None = None,
+) -> ModelFiles:
+    """Looks up what is not given (`weights.find_weights`), and checks by its header that the DiT is of the variant.
+
+    Raises:
+        ValueError: weights that are missing, or a DiT of another variant.
+    """
+    from .detect import resolve_variant
+    from .tensor_source import TensorSource
+    from .weights import find_weights
+
+    files = ModelFiles(
+        variant=variant,
+        dit=find_weights(variant, "dit", Path(dit) if dit else None, models_dir),
+        autoencoder=find_weights(variant, "autoencoder", Path(autoencoder) if autoencoder else None, models_dir),
+        text_encoder=find_weights(variant, "text_encoder", Path(text_encoder) if text_encoder else None, models_dir),
+    )
+    resolve_variant(TensorSource(files.dit, component="dit"), variant.name)
+    return files
+
+
 def load_pipeline(
     variant: str | None = None,
     *,
@@ -331,34 +364,35 @@ def load_pipeline(
     from .detect import resolve_variant
     from .tensor_source import TensorSource
     from .text_encoder import load_text_encoder
-    from .weights import find_weights
 
     if variant is None:
         variant = "auto" if dit is not None else "tiny"
     if variant == "auto" and dit is None:
         raise ValueError("the variant 'auto' is told from a DiT file, but none was given; give one or name the variant")
-    models = Path(models_dir) if models_dir is not None else None
 
     # 1. Find and check everything by headers first: loading takes minutes.
     if variant == "auto" and dit is not None:
         resolved = resolve_variant(TensorSource(dit, component="dit"))
     else:
         resolved = get_variant(variant)
-    dit_path = find_weights(resolved, "dit", Path(dit) if dit else None, models)
-    ae_path = find_weights(resolved, "autoencoder", Path(autoencoder) if autoencoder else None, models)
-    text_path = find_weights(resolved, "text_encoder", Path(text_encoder) if text_encoder else None, models)
-    resolve_variant(TensorSource(dit_path, component="dit"), resolved.name)
+    files = find_model_files(
+        resolved,
+        dit=dit,
+        autoencoder=autoencoder,
+        text_encoder=text_encoder,
+        models_dir=Path(models_dir) if models_dir is not None else None,
+    )
 
     # 2. Load, small to large, so that a file of another kind is told early.
-    loaded_autoencoder = load_autoencoder(ae_path, device=device)
+    loaded_autoencoder = load_autoencoder(files.autoencoder, device=device)
     loaded_text_encoder = load_text_encoder(
-        text_path,
+        files.text_encoder,
         resolved.text_encoder,
         tokenizer=Path(tokenizer) if tokenizer else None,
         dtype=dtype,
         device=device,
     )
-    network, _ = load_dit(dit_path, resolved.name, dtype=dtype, device=device)
+    network, _ = load_dit(files.dit, resolved.name, dtype=dtype, device=device)
     return Flux2Pipeline(
         variant=resolved, dit=network, autoencoder=loaded_autoencoder, text_encoder=loaded_text_encoder
     )

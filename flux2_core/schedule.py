@@ -37,6 +37,9 @@ def sigma_schedule(num_steps: int, num_tokens: int, flow_shift: float | None = N
     if flow_shift is not None and not (math.isfinite(flow_shift) and flow_shift > 0):
         raise ValueError(f"flow_shift is {flow_shift}; it must be a number above 0")
     shift = math.exp(empirical_mu(num_tokens, num_steps)) if flow_shift is None else flow_shift
-    linear = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-    # Written so that the ends are exactly 1 and 0 for every shift.
+    return shift_sigmas(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift)
+
+
+def shift_sigmas(linear: Tensor, shift: float) -> Tensor:
+    """``s x / (1 + (s - 1) x)`` of numbers in 0..1, written so that the ends are exactly 0 and 1 for every shift."""
     return shift * linear / (shift * linear + (1 - linear))

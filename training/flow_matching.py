@@ -17,8 +17,3 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
     """What the DiT learns to predict."""
     return noise - latents
-
-
-def shift_sigmas(uniform: Tensor, shift: float) -> Tensor:
-    """Uniform numbers in 0..1 to the sigma density of a schedule with this shift (see `schedule.sigma_schedule`)."""
-    return shift * uniform / (1 + (shift - 1) * uniform)

@@ -49,7 +49,7 @@ def test_all_stages_make_a_model_that_generates(tmp_path: Path, monkeypatch: pyt
 def test_a_stopped_autoencoder_run_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = train_autoencoder(AUTOENCODER, make_directory(tmp_path / "whole"), CPU)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(2, autoencoder_stage, "_one_cycle", patch)
+        stop_at(2, autoencoder_stage, "one_cycle", patch)
         train_autoencoder(AUTOENCODER, make_directory(tmp_path / "parts"), CPU)
     again = train_autoencoder(AUTOENCODER, tmp_path / "parts", CPU)
     torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
@@ -63,7 +63,7 @@ def test_a_stopped_dit_run_ends_with_the_same_weights(tmp_path: Path, monkeypatc
 
     whole = run("whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(2, dit_stage, "cosine", patch)
+        stop_at(2, dit_stage, "one_cycle", patch)
         run("parts")
     torch.testing.assert_close(run("parts"), whole, rtol=0, atol=0)
 

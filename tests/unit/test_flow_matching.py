@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from flux2_kit.flux2_core.schedule import sigma_schedule
-from flux2_kit.training.flow_matching import add_noise, shift_sigmas, velocity_target
+from flux2_kit.flux2_core.schedule import shift_sigmas, sigma_schedule
+from flux2_kit.training.flow_matching import add_noise, velocity_target
 
 LATENTS, NOISE = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
 
@@ -40,3 +40,4 @@ def test_a_perfect_prediction_leads_back_to_the_clean_latents():
 def test_shifted_sigmas_follow_the_inference_schedule():
     uniform = torch.linspace(1, 0, 9, dtype=torch.float64)
     torch.testing.assert_close(shift_sigmas(uniform, 5.0), sigma_schedule(8, 1024, flow_shift=5.0))
+    torch.testing.assert_close(shift_sigmas(uniform, 5.0), 5 * uniform / (1 + 4 * uniform))

@@ -21,6 +21,7 @@ from flux2_kit.flux2_core.lora import (
     merge_loras,
     merged_weight,
     remove_loras,
+    save_merged_dit,
 )
 from flux2_kit.flux2_core.lora_factors import Lora, LoraFactors
 from flux2_kit.flux2_core.lora_files import linear_shapes, read_lora
@@ -886,3 +887,11 @@ def test_a_lora_of_another_model_is_refused_and_the_model_stays(lora):
         merge_loras(other, [LoraSetting(lora=lora)])
     assert torch.equal(run(other), before)
     assert isinstance(other.img_in, nn.Linear)
+
+
+def test_saving_a_merge_with_a_lora_of_another_model_writes_nothing(lora, tmp_path):
+    smaller = replace(CONFIG, num_single_blocks=1)
+    path = tmp_path / "merged.safetensors"
+    with pytest.raises(ValueError, match="no such layer"):
+        save_merged_dit(path, Flux2DiT(smaller), replace(VARIANT, dit=smaller), [LoraSetting(lora=lora)])
+    assert not path.exists()

@@ -80,7 +80,7 @@ def evaluate_bundled(cfg_scale: float | None, num_steps: int | None, device: str
 
 
 def draw_sheet(path: Path, *, scale: int = 3, gap: int = 6) -> None:
-    """One row of generated pictures, and below each of them the edit "make the background ...", as one PNG."""
+    """One row of generated pictures, and below each of them what one sentence of editing makes of it, as one PNG."""
     from PIL import Image
 
     from ...flux2_core.files import write_atomically

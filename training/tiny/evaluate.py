@@ -24,11 +24,11 @@ from .pictures import (
     POSITIONS,
     SIZES,
     Scene,
-    all_scenes,
     color_values,
     draw_scenes,
     held_out_scenes,
     scene_masks,
+    seen_scenes,
 )
 
 BATCH_SIZE = 50
@@ -106,21 +106,16 @@ def held_out_combinations() -> list[Example]:
     examples = []
     for target in held_out_scenes():
         first = _other_source(target, "color", rng)
-        second = rng.choice([s for s in _seen_scenes() if s.color == target.color])
+        second = rng.choice([s for s in seen_scenes() if s.color == target.color])
         examples.append(combination_of(first, second, rng))
     return examples
 
 
 def _other_source(target: Scene, attribute: str, rng: random.Random) -> Scene:
     values = {"color": COLORS, "background": COLORS, "kind": KINDS, "position": POSITIONS}[attribute]
-    seen = set(_seen_scenes())
+    seen = set(seen_scenes())
     sources = (replace(target, **{attribute: value}) for value in values if value != getattr(target, attribute))
     return rng.choice([source for source in sources if source in seen])
-
-
-def _seen_scenes() -> list[Scene]:
-    held_out = set(held_out_scenes())
-    return [scene for scene in all_scenes() if scene not in held_out]
 
 
 @torch.inference_mode()

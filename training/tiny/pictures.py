@@ -77,6 +77,13 @@ def held_out_scenes() -> tuple[Scene, ...]:
     return tuple(random.Random(2).sample(all_scenes(), NUM_HELD_OUT_SCENES))
 
 
+@lru_cache(maxsize=1)
+def seen_scenes() -> tuple[Scene, ...]:
+    """All scenes that training may show: every one but the held-out, in the order of `all_scenes`."""
+    held_out = set(held_out_scenes())
+    return tuple(scene for scene in all_scenes() if scene not in held_out)
+
+
 def scene_center(size: str, position: str) -> tuple[float, float]:
     """Centre (x, y) in pixels of a shape of this size at this position."""
     near = MARGIN + SIZES[size] / 2

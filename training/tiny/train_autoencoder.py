@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,16 +15,17 @@ from torch import Tensor, nn
 
 from ...flux2_core.autoencoder import Flux2Autoencoder, pack_2x2, unpack_2x2
 from ...flux2_core.variants import AUTOENCODER_TINY
+from ..optimizers import one_cycle
 from ..train_state import load_train_state, save_train_state
 from .evaluate import round_trip_psnr
 from .pictures import (
-    all_scenes,
+    COLORS,
     color_values,
     compose,
     draw_random_masks,
-    held_out_scenes,
     mask_index,
     scene_masks,
+    seen_scenes,
 )
 
 logger = logging.getLogger(__name__)
@@ -58,13 +58,13 @@ class PictureSampler:
     """Draws training pictures ``[N, 3, 64, 64]`` in -1..1; held-out scenes never appear."""
 
     def __init__(self, config: AutoencoderTrainConfig, device: torch.device) -> None:
-        scenes = sorted(set(all_scenes()) - set(held_out_scenes()))
-        palette, self.config, self.device = color_values(), config, device
-        names = list(dict.fromkeys(scene.color for scene in all_scenes()))
+        self.config, self.device = config, device
+        names = list(COLORS)
         self.scenes = torch.tensor(
-            [[mask_index(s), names.index(s.color), names.index(s.background)] for s in scenes], device=device
+            [[mask_index(s), names.index(s.color), names.index(s.background)] for s in sorted(seen_scenes())],
+            device=device,
         )
-        self.palette, self.masks = palette.to(device), scene_masks().to(device)
+        self.palette, self.masks = color_values().to(device), scene_masks().to(device)
         drawing = torch.Generator().manual_seed(config.seed)
         self.random_masks = draw_random_masks(config.num_random_masks, drawing).to(device)
 
@@ -145,7 +145,9 @@ def run_stage(
     model.train(trained is model)
     started = time.monotonic()
     for step in range(first_step, stage.num_steps):
-        optimizer.param_groups[0]["lr"] = stage.learning_rate * _one_cycle(step, stage.num_steps, config)
+        optimizer.param_groups[0]["lr"] = stage.learning_rate * one_cycle(
+            step, stage.num_steps, config.num_warmup_steps
+        )
         images = pictures.sample(config.batch_size, generator).contiguous(memory_format=torch.channels_last)
         noise = torch.randn(config.batch_size, 128, 4, 4, generator=generator)
         level = torch.rand(config.batch_size, 1, 1, 1, generator=generator) * even_rows
@@ -174,8 +176,3 @@ def reconstruction_loss(model: Flux2Autoencoder, images: Tensor, noise: Tensor, 
     log_variance = log_variance.float().clamp(-20, 10)
     kl = 0.5 * (mean.float() ** 2 + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3)).mean()
     return F.mse_loss(reconstruction.float(), images) + kl_weight * kl
-
-
-def _one_cycle(step: int, num_steps: int, config: AutoencoderTrainConfig) -> float:
-    warmup = min(1.0, (step + 1) / config.num_warmup_steps)
-    return warmup * 0.5 * (1 + math.cos(math.pi * step / num_steps))

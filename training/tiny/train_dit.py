@@ -23,12 +23,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...flux2_core.autoencoder import Flux2Autoencoder
 from ...flux2_core.dit import Flux2DiT
 from ...flux2_core.latents import image_ids, latents_to_tokens, reference_tokens, text_ids
-from ...flux2_core.schedule import empirical_mu
+from ...flux2_core.schedule import empirical_mu, shift_sigmas
 from ...flux2_core.variants import DIT_TINY, QWEN3_TINY
-from ..flow_matching import add_noise, shift_sigmas, velocity_target
+from ..flow_matching import add_noise, velocity_target
+from ..optimizers import one_cycle
 from ..train_state import load_train_state, save_train_state
 from .captions import Example, random_caption, random_combination, random_edit
-from .pictures import Scene, all_scenes, draw_scenes, held_out_scenes
+from .pictures import Scene, all_scenes, draw_scenes, held_out_scenes, seen_scenes
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class TaskSampler:
     def __init__(self, config: DiTTrainConfig) -> None:
         self.config = config
         self.held_out = set(held_out_scenes())
-        self.scenes = [scene for scene in all_scenes() if scene not in self.held_out]
+        self.scenes = seen_scenes()
 
     def sample(self, seed: int) -> list[Example]:
         """One batch, all with the same number of references. The seed decides everything."""
@@ -186,14 +187,12 @@ def train_dit(
     first_step = load_train_state(state_path, **state) if state_path.exists() else 0
     if config.compile:
         dit.compile(dynamic=False)
-    base_rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
-    if first_step:
-        base_rates = {"muon": config.matrix_learning_rate, "adamw": config.learning_rate}
+    rates = {"muon": config.matrix_learning_rate, "adamw": config.learning_rate}
     started, losses = time.monotonic(), {0: 0.0, 1: 0.0, 2: 0.0}
     for step in range(first_step, config.num_steps):
-        factor = min(1.0, (step + 1) / config.num_warmup_steps) * cosine(step / config.num_steps)
+        factor = one_cycle(step, config.num_steps, config.num_warmup_steps)
         for name, optimizer in optimizers.items():
-            optimizer.param_groups[0]["lr"] = base_rates[name] * factor
+            optimizer.param_groups[0]["lr"] = rates[name] * factor
         examples = tasks.sample(config.seed * 10_000_019 + step)
         with training_precision(device):
             loss = flow_matching_loss(dit, text_encoder, latents, examples, config, generator)
@@ -285,8 +284,3 @@ def init_weights(dit: Flux2DiT) -> Flux2DiT:
         if name.startswith(("double_stream_modulation", "single_stream_modulation", "final_layer")):
             nn.init.zeros_(parameter)
     return dit
-
-
-def cosine(progress: float) -> float:
-    """From 1 to 0 over progress 0..1."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
