@@ -54,10 +54,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"flux2: error: {message}; see `{self.prog} --help`\n")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
+AddCommands = Callable[["argparse._SubParsersAction[Any]", Parser], None]
+
+
+def main(argv: Sequence[str] | None = None, add_commands: AddCommands | None = None) -> int:
+    """Runs one command and returns its exit code; `add_commands` adds those of other packages."""
     try:
-        args = build_parser().parse_args(argv)
+        args = build_parser(add_commands).parse_args(argv)
         if not any((getattr(args, name, True) not in (None, False)) for name in REQUESTS):
             args.parser.error(f"one of the arguments {' '.join(f'--{name}' for name in REQUESTS)} is required")
     except SystemExit as done:
@@ -82,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_REFUSED
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(add_commands: AddCommands | None = None) -> argparse.ArgumentParser:
     """The parser of all commands; each sets `run`, a function from its options to the exit code."""
     parser = Parser(prog="flux2", description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"flux2 {kit_version()}")
@@ -121,6 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
     download.add_argument("variant", metavar="VARIANT", help="such as klein-4b; `flux2 generate --help` lists them")
     download.add_argument("--yes", action="store_true", help="do not ask before it starts")
     download.set_defaults(run=_run_download)
+    if add_commands is not None:
+        add_commands(commands, common)
     return parser
 
 
