@@ -1,4 +1,7 @@
-"""Saves and restores all that a training run needs to go on: weights, optimiser state, step, random generators."""
+"""Saves and restores all that a training run needs to go on, in one safetensors file.
+
+A state is a tree of dicts and lists. Its tensors are stored as tensors, everything else as JSON in the metadata.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,70 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..flux2_core.files import write_safetensors
+
+TREE_KEY = "flux2_kit.train_state"
+TENSOR_KEY, PAIRS_KEY = "tensor", "pairs"
+"""In the JSON, ``{"tensor": name}`` stands for a tensor and ``{"pairs": [[key, value], ...]}`` for a dict."""
+
+
+def save_tree(path: Path, tree: Any) -> Path:
+    """Writes a tree of dicts, lists, tuples, tensors, numbers, text and None, atomically; tuples come back as lists.
+
+    A run killed at any moment leaves the last whole state behind.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def encode(value: Any, place: str) -> Any:
+        if isinstance(value, Tensor):
+            # A clone per tensor: safetensors refuses tensors that share memory, as tied or viewed weights do.
+            tensors[place] = value.detach().clone()
+            return {TENSOR_KEY: place}
+        if isinstance(value, Mapping):  # as pairs, since JSON would make texts of the numbers that optimisers use
+            return {PAIRS_KEY: [[key, encode(child, f"{place}/{key}")] for key, child in value.items()]}
+        if isinstance(value, (list, tuple)):
+            return [encode(child, f"{place}/{index}") for index, child in enumerate(value)]
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise TypeError(f"{place} is a {type(value).__name__}, which a train state cannot hold")
+
+    return write_safetensors(path, tensors, {TREE_KEY: json.dumps(encode(tree, ""))})
+
+
+def load_tree(path: Path) -> Any:
+    """What `save_tree` wrote.
+
+    Raises:
+        ValueError: it is no such file, or damaged.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no train state at {path}; check the path")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get(TREE_KEY)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the handle is no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); go on from another state") from error
+    if text is None:
+        raise ValueError(f"{path} is no train state of FLUX.2 Kit; give the folder that training wrote")
+
+    def decode(value: Any) -> Any:
+        if isinstance(value, list):
+            return [decode(child) for child in value]
+        if isinstance(value, dict):
+            if TENSOR_KEY in value:
+                return tensors[value[TENSOR_KEY]]
+            return {key: decode(child) for key, child in value[PAIRS_KEY]}
+        return value
+
+    try:
+        return decode(json.loads(text))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); go on from another state") from error
 
 
 def save_train_state(
@@ -22,22 +84,19 @@ def save_train_state(
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, Optimizer],
     generators: Mapping[str, torch.Generator],
+    extra: Any = None,
 ) -> None:
-    """Writes one safetensors file, atomically: a run killed at any moment leaves the last whole state behind."""
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {"step": step}
-    for name, module in modules.items():
-        tensors |= {f"module/{name}/{key}": value for key, value in module.state_dict().items()}
-    for name, optimizer in optimizers.items():
-        for index, state in optimizer.state_dict()["state"].items():
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer/{name}/{index}/{key}"] = value
-                else:
-                    numbers[f"optimizer/{name}/{index}/{key}"] = value
-    tensors |= {f"generator/{name}": generator.get_state() for name, generator in generators.items()}
-    # A clone per tensor: safetensors refuses tensors that share memory, as tied or viewed weights do.
-    write_safetensors(path, {key: value.clone() for key, value in tensors.items()}, {"numbers": json.dumps(numbers)})
+    """Writes one file with everything; `extra` is a tree of the caller's own."""
+    save_tree(
+        path,
+        {
+            "step": step,
+            "modules": {name: module.state_dict() for name, module in modules.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+            "generators": {name: generator.get_state() for name, generator in generators.items()},
+            "extra": extra,
+        },
+    )
 
 
 def load_train_state(
@@ -47,21 +106,35 @@ def load_train_state(
     optimizers: Mapping[str, Optimizer],
     generators: Mapping[str, torch.Generator],
 ) -> int:
-    """Restores what `save_train_state` wrote and returns the number of steps already done."""
-    with safe_open(str(path), framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the handle is no mapping
-        numbers = json.loads(file.metadata()["numbers"])
-    for name, module in modules.items():
-        prefix = f"module/{name}/"
-        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        module.load_state_dict(state, strict=True)
-    for name, optimizer in optimizers.items():
-        per_parameter: dict[int, dict[str, Any]] = {}
-        for key, value in (tensors | numbers).items():
-            if key.startswith(f"optimizer/{name}/"):
-                index, field = key.removeprefix(f"optimizer/{name}/").split("/")
-                per_parameter.setdefault(int(index), {})[field] = value
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": per_parameter})
-    for name, generator in generators.items():
-        generator.set_state(tensors[f"generator/{name}"])
-    return numbers["step"]
+    """Restores what `save_train_state` wrote and returns the number of steps already done.
+
+    Raises:
+        ValueError: no such file, a damaged one, or one of another model or optimiser.
+    """
+    return restore_train_state(
+        load_tree(path), str(path), modules=modules, optimizers=optimizers, generators=generators
+    )
+
+
+def restore_train_state(
+    state: Any,
+    source: str,
+    *,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer],
+    generators: Mapping[str, torch.Generator],
+) -> int:
+    """As `load_train_state`, from a tree that is read already; `source` names it in errors."""
+    try:
+        for name, module in modules.items():
+            module.load_state_dict(state["modules"][name], strict=True)
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        for name, generator in generators.items():
+            generator.set_state(state["generators"][name])
+        return state["step"]
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{source} is the state of another run ({' '.join(str(error).split())[:200]}); start without it, or with "
+            "the settings it was made with"
+        ) from error
