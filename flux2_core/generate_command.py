@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,12 +25,12 @@ from .checkpoint import load_autoencoder
 from .command_errors import describe_error, is_out_of_memory
 from .command_options import DTYPES, choose_device
 from .detect import resolve_variant
-from .files import write_atomically, write_safetensors
+from .files import write_safetensors
 from .images import load_image, reference_size
 from .latents import NUM_LATENT_CHANNELS
 from .lora import LoraSetting, apply_loras
 from .lora_command import check_lora_options, read_lora_settings, save_merged
-from .picture_metadata import RECORD_KEY, TEXT_KEY, GenerationRecord, kit_version, parse_record
+from .picture_metadata import GenerationRecord, kit_version, parse_record, write_png
 from .pipeline import (
     Flux2Pipeline,
     ModelFiles,
@@ -498,17 +497,8 @@ def free_stem(folder: Path, name: str) -> str:
 def write_pictures(folder: Path, stem: str, images: list[Image.Image], record: GenerationRecord | None) -> None:
     """Writes PNG files, each whole or not at all; several get their index behind the name."""
     for index, image in enumerate(images):
-        info = PngInfo()
-        if record is not None:
-            of_image = replace(record, image_index=index)
-            info.add_text(RECORD_KEY, of_image.to_json())
-            info.add_text(TEXT_KEY, of_image.to_text())
         path = folder / (f"{stem}_{index}.png" if len(images) > 1 else f"{stem}.png")
-        report(_write_png(path, image, info))
-
-
-def _write_png(path: Path, image: Image.Image, info: PngInfo) -> Path:
-    return write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+        report(write_png(path, image, replace(record, image_index=index) if record is not None else None))
 
 
 def report(path: Path) -> None:

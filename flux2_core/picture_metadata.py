@@ -9,7 +9,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .files import write_atomically
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 DISTRIBUTION = "comfyui-flux2-kit"
 RECORD_KEY = "flux2_kit"
@@ -130,6 +135,17 @@ def read_png_text(path: str | os.PathLike[str]) -> dict[str, str]:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture ({error}); give a whole PNG file") from error
     return found
+
+
+def write_png(path: str | os.PathLike[str], image: Image.Image, record: GenerationRecord | None) -> Path:
+    """Writes a PNG file with its record, whole or not at all."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    if record is not None:
+        info.add_text(RECORD_KEY, record.to_json())
+        info.add_text(TEXT_KEY, record.to_text())
+    return write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 
 def kit_version() -> str:

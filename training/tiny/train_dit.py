@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...flux2_core.autoencoder import Flux2Autoencoder
 from ...flux2_core.dit import Flux2DiT
-from ...flux2_core.latents import image_ids, latents_to_tokens, reference_tokens, text_ids
 from ...flux2_core.schedule import empirical_mu, shift_sigmas
 from ...flux2_core.variants import DIT_TINY, QWEN3_TINY
-from ..flow_matching import add_noise, velocity_target
+from ..flow_matching import velocity_losses
 from ..optimizers import one_cycle
 from ..train_state import load_train_state, save_train_state
 from .captions import Example, random_caption, random_combination, random_edit
@@ -239,19 +237,13 @@ def flow_matching_loss(
     device = target.device
     noise = torch.randn(target.shape, generator=generator).to(device)
     sigma = sample_sigmas(batch, height * width, config, generator).to(device)
-    tokens = latents_to_tokens(add_noise(target, noise, sigma))
-    ids = image_ids(height, width)
     num_references = len(examples[0].references)
-    if num_references:
-        references = [latents([example.references[i] for example in examples]) for i in range(num_references)]
+    references = [latents([example.references[i] for example in examples]) for i in range(num_references)]
+    if references:
         level = config.reference_noise * torch.rand(batch, 1, 1, 1, generator=generator)
         references = [r + (level * torch.randn(r.shape, generator=generator)).to(device) for r in references]
-        extra_tokens, extra_ids = reference_tokens(references)
-        tokens, ids = torch.cat((tokens, extra_tokens), dim=1), torch.cat((ids, extra_ids))
     text = text_encoder([example.prompt for example in examples])
-    velocity = dit(tokens, ids.to(device), text, text_ids(text.shape[1]).to(device), sigma)
-    wanted = latents_to_tokens(velocity_target(target, noise))
-    return F.mse_loss(velocity[:, : wanted.shape[1]].float(), wanted)
+    return velocity_losses(dit, target, text, noise, sigma, references=references).mean()
 
 
 def sample_sigmas(batch: int, num_tokens: int, config: DiTTrainConfig, generator: torch.Generator) -> Tensor:
