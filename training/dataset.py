@@ -1,66 +1,42 @@
-"""What is trained on: settings of a dataset, and the list of its pictures.
+"""What is trained on: the list of a dataset's pictures with all that belongs to them.
 
-Settings come from musubi-tuner's TOML or JSON schema, DiffSynth-Studio's metadata tables, or a bare folder.
+Only headers of pictures are read. Settings are in `dataset_config`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import logging
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-@dataclass(frozen=True, kw_only=True)
-class SubsetConfig:
-    """Pictures from one place, all treated alike: an entry of ``[[datasets]]``."""
+from ..flux2_core.files import read_limited
+from ..flux2_core.images import MAX_ASPECT, MAX_FILE_PIXELS, MIN_SIDE, reference_size
+from ..flux2_core.pipeline import check_num_references
+from .buckets import choose_bucket
+from .dataset_config import DatasetConfig, SubsetConfig, load_dataset_config
+from .dataset_paths import check_inside, comparable, list_files
+from .dataset_tables import Problems, read_table, shorten_names
 
-    image_directory: Path | None = None
-    """Pictures with captions in files of the same stem."""
-    image_jsonl_file: Path | None = None
-    """One JSON object a line: image_path, caption, control_path or control_path_0, control_path_1, ..."""
-    metadata_file: Path | None = None
-    """CSV, JSON or JSONL with the columns image, prompt, edit_image; paths are relative to it."""
-    cache_directory: Path | None = None
-    """None: a folder `flux2_cache` beside the pictures."""
-    control_directory: Path | None = None
-    """References of a picture: files of the same stem, or stem_0, stem_1, ..."""
-    mask_directory: Path | None = None
-    """Loss masks: files of the same stem, white is trained and black is not."""
-    caption_extension: str = ".txt"
-    resolution: tuple[int, int] = (960, 544)
-    """Width and height in pixels; with buckets only the area counts."""
-    batch_size: int = 1
-    num_repeats: int = 1
-    """How often each picture comes in an epoch."""
-    enable_bucket: bool = False
-    """Pictures keep about their aspect: each goes to the bucket of the nearest one."""
-    bucket_no_upscale: bool = False
-    """Pictures smaller than the bucket keep their size, but for the crop to multiples of 16."""
-    control_fit: str = "inference"
-    """How references are fitted: "inference" (as when generating), "target" (to the picture's bucket), "original"
-    (only cropped to 16), "area" (to the area of control_resolution)."""
-    control_resolution: tuple[int, int] | None = None
-    caption_dropout: float = 0.0
-    """Share of steps in which a picture is trained with the empty caption."""
-    shuffle_caption: bool = False
-    """Parts of the caption come in another order each time."""
-    caption_separator: str = ","
-    keep_parts: int = 0
-    """Parts at the beginning that keep their place."""
-    num_caption_orders: int = 8
-    """Orders that are cached for each caption."""
-    trigger_word: str | None = None
-    """Put in front of every caption that does not have it."""
-    flip: bool = False
-    """Half of the time the picture, its references and its mask are mirrored left to right."""
-    validation_fraction: float = 0.0
-    """Share of the pictures that is held out for the validation loss."""
+__all__ = ["Dataset", "DatasetConfig", "DatasetItem", "SubsetConfig", "list_dataset", "load_dataset_config"]
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, kw_only=True)
-class DatasetConfig:
-    """All places pictures come from."""
-
-    subsets: tuple[SubsetConfig, ...]
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
+OTHER_PICTURE_SUFFIXES = (".gif", ".heic", ".heif", ".jp2", ".jxl", ".tif", ".tiff")
+"""Told as left out, where a folder has them."""
+CAPTION_SUFFIXES = (".txt", ".caption", ".cap")
+"""Ends of names that tools give to captions; looked for where the dataset's own finds none."""
+TABLE_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
+MAX_CAPTION_BYTES = 2**20
+MAX_MASK_ASPECT_ERROR = 0.02
+"""How far the aspect of a mask may be from its picture's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +45,8 @@ class DatasetItem:
 
     subset: int
     """Index in `DatasetConfig.subsets`."""
+    name: str = ""
+    """Path of the picture relative to the subset's folder, with forward slashes: for messages and the split."""
     image: Path
     size: tuple[int, int]
     """Width and height in pixels, EXIF orientation applied."""
@@ -76,7 +54,12 @@ class DatasetItem:
     """Width and height in pixels at which it is trained, multiples of 16."""
     captions: tuple[str, ...]
     """With trigger word; more than one where parts are shuffled, the first in the original order."""
+    caption_is_missing: bool = False
+    """There is no caption file, or an empty text; it is trained with the trigger word or the empty caption."""
     references: tuple[Path, ...] = ()
+    """In the order in which prompts count them."""
+    reference_sizes: tuple[tuple[int, int], ...] = ()
+    """Width and height in pixels of their files, EXIF orientation applied."""
     mask: Path | None = None
     is_validation: bool = False
 
@@ -87,3 +70,400 @@ class Dataset:
 
     config: DatasetConfig
     items: tuple[DatasetItem, ...] = field(default_factory=tuple)
+    """In the order of the subsets; repeats are not expanded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A picture as it was found, before any picture file is opened."""
+
+    image: Path
+    where: str
+    """For messages: its name, and in a table its line."""
+    caption: str | None
+    references: tuple[Path, ...] = ()
+    mask: Path | None = None
+
+
+def list_dataset(config: DatasetConfig, *, seed: int = 0) -> Dataset:
+    """Finds every picture with its caption, references and mask, and the bucket that it is trained in.
+
+    Pictures without caption, unclaimed references and files of kinds that are not read are logged as warnings.
+
+    Args:
+        config: settings.
+        seed: decides in which orders the parts of captions are shuffled.
+
+    Raises:
+        ValueError: there are no pictures; or pictures, captions, references or masks are missing, unreadable, too
+            small, too long, or outside of ``config.roots``. All that is found wrong is told together.
+    """
+    items: list[DatasetItem] = []
+    for index, subset in enumerate(config.subsets):
+        items += _list_subset(index, subset, config.roots, seed)
+    return Dataset(config=config, items=tuple(items))
+
+
+def caption_orders(caption: str, subset: SubsetConfig, *, seed: int = 0) -> tuple[str, ...]:
+    """The texts a caption is trained with: trigger word in front, other orders of its parts where they are shuffled.
+
+    The same caption, settings and seed give the same texts on every machine.
+    """
+    orders = [caption]
+    join = subset.caption_separator if subset.caption_separator[-1].isspace() else f"{subset.caption_separator} "
+    if subset.shuffle_caption:
+        parts = [part.strip() for part in caption.split(subset.caption_separator.strip())]
+        fixed, free = parts[: subset.keep_parts], parts[subset.keep_parts :]
+        limit = min(subset.num_caption_orders, math.factorial(min(len(free), 12)))
+        # Parts that stand twice make equal orders, so there may be fewer than the limit.
+        for number in range(4 * limit):
+            if len(orders) >= limit:
+                break
+            keys = [_fraction(f"{seed}/{number}/{index}/{caption}") for index in range(len(free))]
+            shuffled = join.join([*fixed, *(part for _, part in sorted(zip(keys, free, strict=True)))])
+            if shuffled not in (join.join(parts), *orders):
+                orders.append(shuffled)
+    return tuple(_with_trigger(text, subset.trigger_word, join) for text in orders)
+
+
+def is_held_out(name: str, fraction: float) -> bool:
+    """Whether a picture is for validation: by its name alone, so that it stays where it is when others come."""
+    return _fraction(name) < fraction
+
+
+def read_picture_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels, EXIF orientation applied, from the header alone where that tells both.
+
+    Raises:
+        ValueError: the file is missing, no picture, or larger than is read.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_FILE_PIXELS:
+                raise ValueError(f"claims {image.width}x{image.height} px, more than are read; scale it down")
+            # Pillow's PNG reader decodes the picture to look for EXIF behind it; few files have it there.
+            if image.format == "PNG" and "exif" not in image.info and not _png_has_late_text(path):
+                exif = Image.Image.getexif(image)
+            else:
+                exif = image.getexif()
+            width, height = image.size
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"no readable picture ({error})"
+        raise ValueError(f"{reason}; give a whole PNG, JPEG or WebP file, or take it out") from error
+    return (height, width) if exif.get(ExifTags.Base.Orientation, 1) >= 5 else (width, height)
+
+
+def _list_subset(index: int, subset: SubsetConfig, roots: Sequence[Path] | None, seed: int) -> list[DatasetItem]:
+    if subset.image_directory is not None:
+        entries = _entries_of_folder(subset, subset.image_directory, roots)
+    else:
+        entries = _entries_of_table(subset.place, roots)
+    if subset.control_directory is not None:
+        entries = _add_references(entries, subset, subset.control_directory, roots)
+    if subset.mask_directory is not None:
+        entries = _add_masks(entries, subset, subset.mask_directory, roots)
+
+    problems = Problems()
+    items: list[DatasetItem] = []
+    sizes: dict[Path, tuple[int, int]] = {}
+    for entry in entries:
+        try:
+            items.append(_make_item(index, subset, entry, seed, sizes))
+        except ValueError as error:
+            problems.add(f"{entry.where}: {error}")
+    problems.raise_if_any(str(subset.place))
+    _tell_missing_captions(subset, items)
+    return _split_off_validation(subset, items)
+
+
+def _entries_of_folder(subset: SubsetConfig, folder: Path, roots: Sequence[Path] | None) -> list[_Entry]:
+    files = list_files(folder)
+    images = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
+    _tell_left_out(folder, files)
+    if not images:
+        raise ValueError(_say_no_pictures(folder))
+    extension = subset.caption_extension.lower()
+    captions = {
+        comparable(file.name)[: -len(extension)]: file for file in files if file.name.lower().endswith(extension)
+    }
+    problems = Problems()
+    entries: list[_Entry] = []
+    for image in images:
+        try:
+            check_inside(image, roots, "it")
+            file = captions.get(comparable(image.stem))
+            caption = None if file is None else _read_caption(file, roots)
+            entries.append(_Entry(image=image, where=image.name, caption=caption))
+        except ValueError as error:
+            problems.add(f"{image.name}: {error}")
+    problems.raise_if_any(str(folder))
+    return entries
+
+
+def _entries_of_table(table: Path, roots: Sequence[Path] | None) -> list[_Entry]:
+    return [
+        _Entry(
+            image=row.image,
+            where=f"{row.where}, {row.image.name}",
+            caption=row.caption,
+            references=row.references,
+            mask=row.mask,
+        )
+        for row in read_table(table, roots)
+    ]
+
+
+def _read_caption(file: Path, roots: Sequence[Path] | None) -> str:
+    check_inside(file, roots, f"its caption {file.name}")
+    try:
+        return read_limited(file, MAX_CAPTION_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its caption {file.name} is no UTF-8 text ({error}); save it as UTF-8") from error
+    except OSError as error:
+        raise ValueError(f"its caption {file.name} cannot be read ({error.strerror}); check its permissions") from error
+
+
+def _pictures_beside(subset: SubsetConfig, folder: Path, key: str, roots: Sequence[Path] | None) -> list[Path]:
+    """The pictures of a folder that belong to those of the subset."""
+    if folder.resolve() == subset.folder.resolve():
+        raise ValueError(f"{key} is the folder of the pictures themselves, {folder}; use a folder of its own")
+    files = [file for file in list_files(folder) if file.suffix.lower() in PICTURE_SUFFIXES]
+    for file in files:
+        check_inside(file, roots, f"{key}: {file.name}")
+    return files
+
+
+def _unique_stems(entries: Sequence[_Entry], key: str) -> dict[str, _Entry]:
+    stems: dict[str, _Entry] = {}
+    for entry in entries:
+        first = stems.setdefault(comparable(entry.image.stem), entry)
+        if first.image != entry.image:
+            raise ValueError(
+                f"{key} goes by the names of pictures, but {first.image} and {entry.image} have the same; rename one "
+                "of them"
+            )
+    return stems
+
+
+def _add_references(
+    entries: Sequence[_Entry], subset: SubsetConfig, folder: Path, roots: Sequence[Path] | None
+) -> list[_Entry]:
+    stems = _unique_stems(entries, "control_directory")
+    claimed: dict[str, dict[int, Path]] = {stem: {} for stem in stems}
+    unclaimed: list[str] = []
+    problems = Problems()
+    for file in _pictures_beside(subset, folder, "control_directory", roots):
+        stem = comparable(file.stem)
+        numbered = re.fullmatch(r"(.+)_(\d{1,9})", stem, re.DOTALL)
+        # The longest stem goes first: where a picture is called "a_1", the reference "a_1" is its, and not that of "a".
+        if stem in stems:
+            owner, number = stem, -1
+        elif numbered and numbered[1] in stems:
+            owner, number = numbered[1], int(numbered[2])
+        else:
+            unclaimed.append(file.name)
+            continue
+        first = claimed[owner].setdefault(number, file)
+        if first is not file:
+            problems.add(f"{first.name} and {file.name} are both the same reference of {owner}; remove one")
+    missing = [stems[stem].where for stem, files in claimed.items() if not files]
+    if missing:
+        problems.add(
+            f"no reference for {shorten_names(missing)}; every picture needs one of its own stem, such as "
+            f"{Path(missing[0]).stem}.png or {Path(missing[0]).stem}_0.png"
+        )
+    problems.raise_if_any(f"control_directory {folder}")
+    if unclaimed:
+        logger.warning(
+            "%s: %d references belong to no picture and are left out: %s",
+            folder,
+            len(unclaimed),
+            shorten_names(unclaimed),
+        )
+    result: list[_Entry] = []
+    for entry in entries:
+        files = claimed[comparable(entry.image.stem)]
+        if entry.references:
+            problems.add(f"{entry.where}: it has references in the table and in control_directory; keep one")
+        result.append(replace(entry, references=tuple(files[number] for number in sorted(files))))
+    problems.raise_if_any(str(subset.place))
+    return result
+
+
+def _add_masks(
+    entries: Sequence[_Entry], subset: SubsetConfig, folder: Path, roots: Sequence[Path] | None
+) -> list[_Entry]:
+    stems = _unique_stems(entries, "mask_directory")
+    masks: dict[str, Path] = {}
+    problems = Problems()
+    for file in _pictures_beside(subset, folder, "mask_directory", roots):
+        first = masks.setdefault(comparable(file.stem), file)
+        if first is not file:
+            problems.add(f"{first.name} and {file.name} are both the mask of {file.stem}; remove one")
+    missing = [entry.where for stem, entry in stems.items() if stem not in masks and entry.mask is None]
+    if missing:
+        problems.add(
+            f"no mask for {shorten_names(missing)}; give each one of the same stem, all white to train all of it"
+        )
+    twice = [entry.where for stem, entry in stems.items() if stem in masks and entry.mask is not None]
+    if twice:
+        problems.add(f"masks in the table and in the folder for {shorten_names(twice)}; keep one of each")
+    problems.raise_if_any(f"mask_directory {folder}")
+    unclaimed = [file.name for stem, file in masks.items() if stem not in stems]
+    if unclaimed:
+        logger.warning(
+            "%s: %d masks belong to no picture and are left out: %s", folder, len(unclaimed), shorten_names(unclaimed)
+        )
+    return [replace(entry, mask=entry.mask or masks[comparable(entry.image.stem)]) for entry in entries]
+
+
+def _make_item(
+    index: int, subset: SubsetConfig, entry: _Entry, seed: int, sizes: dict[Path, tuple[int, int]]
+) -> DatasetItem:
+    def size_of(path: Path, what: str) -> tuple[int, int]:
+        # A reference may belong to many pictures.
+        if path not in sizes:
+            try:
+                sizes[path] = read_picture_size(path)
+            except ValueError as error:
+                raise ValueError(f"{what}{error}") from error
+        return sizes[path]
+
+    size = size_of(entry.image, "")
+    _check_size(size)
+    check_num_references(len(entry.references))
+    reference_sizes: list[tuple[int, int]] = []
+    for path in entry.references:
+        reference_sizes.append(size_of(path, f"reference {path.name}: "))
+        try:
+            reference_size(*reference_sizes[-1], None)
+        except ValueError as error:
+            raise ValueError(f"reference {path.name}: {error}") from error
+    if entry.mask is not None:
+        _check_mask(size_of(entry.mask, f"mask {entry.mask.name}: "), size, entry.mask.name)
+    caption = (entry.caption or "").strip()
+    return DatasetItem(
+        subset=index,
+        name=_name_in(subset.folder, entry.image),
+        image=entry.image,
+        size=size,
+        bucket=choose_bucket(*size, subset),
+        captions=caption_orders(caption, subset, seed=seed),
+        caption_is_missing=not caption,
+        references=entry.references,
+        reference_sizes=tuple(reference_sizes),
+        mask=entry.mask,
+    )
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if min(size) < MIN_SIDE:
+        raise ValueError(f"is {size[0]}x{size[1]} px; each side must be at least {MIN_SIDE} px")
+    aspect = max(size) / min(size)
+    if aspect > MAX_ASPECT:
+        raise ValueError(
+            f"is {size[0]}x{size[1]} px, a ratio of {aspect:.1f}; at most {MAX_ASPECT:.0f} is allowed. Crop it."
+        )
+
+
+def _check_mask(mask: tuple[int, int], size: tuple[int, int], name: str) -> None:
+    if abs(math.log(mask[0] / mask[1] * size[1] / size[0])) > MAX_MASK_ASPECT_ERROR:
+        raise ValueError(
+            f"mask {name} is {mask[0]}x{mask[1]} px, the picture {size[0]}x{size[1]}; give one of the same shape"
+        )
+
+
+def _tell_missing_captions(subset: SubsetConfig, items: Sequence[DatasetItem]) -> None:
+    """Warns; refuses where no picture has a caption, but files with captions lie beside them.
+
+    Raises:
+        ValueError: that is so.
+    """
+    missing = [item.name for item in items if item.caption_is_missing]
+    if not missing:
+        return
+    if subset.image_directory is not None and len(missing) == len(items):
+        stems = {comparable(Path(name).stem) for name in missing}
+        files = list_files(subset.image_directory)
+        for suffix in CAPTION_SUFFIXES:
+            if suffix != subset.caption_extension and any(
+                file.suffix.lower() == suffix and comparable(file.stem) in stems for file in files
+            ):
+                raise ValueError(
+                    f"{subset.place}: no picture has a caption ending in {subset.caption_extension}, but there are "
+                    f'files ending in {suffix}; set caption_extension = "{suffix}"'
+                )
+        table = next((name for name in TABLE_NAMES if any(file.name == name for file in files)), None)
+        if table is not None:
+            logger.warning("%s: captions may be in %s; give that file to use it", subset.place, table)
+    logger.warning(
+        "%s: %d of %d pictures have no caption and are trained with %s: %s",
+        subset.place,
+        len(missing),
+        len(items),
+        f"the trigger word {subset.trigger_word!r}" if subset.trigger_word else "the empty caption",
+        shorten_names(missing),
+    )
+
+
+def _tell_left_out(folder: Path, files: Sequence[Path]) -> None:
+    names = [file.name for file in files if file.suffix.lower() in OTHER_PICTURE_SUFFIXES]
+    if names:
+        logger.warning(
+            "%s: %d pictures are of kinds that are not read: %s; save them as PNG", folder, len(names),
+            shorten_names(names),
+        )  # fmt: skip
+
+
+def _say_no_pictures(folder: Path) -> str:
+    text = f"no pictures in {folder}; put {', '.join(suffix[1:] for suffix in PICTURE_SUFFIXES)} files there"
+    with os.scandir(folder) as entries:
+        folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    if folders:
+        text += f". Folders inside are not searched; make each a [[datasets]] of its own: {shorten_names(folders)}"
+    return text
+
+
+def _split_off_validation(subset: SubsetConfig, items: list[DatasetItem]) -> list[DatasetItem]:
+    """Marks the pictures that are held out: at least one, and never all."""
+    if not subset.validation_fraction:
+        return items
+    names = sorted({item.name for item in items}, key=_fraction)
+    if len(names) < 2:
+        raise ValueError(f"{subset.place} has one picture, so none can be held out; set validation_fraction to 0")
+    held_out = {name for name in names if is_held_out(name, subset.validation_fraction)}
+    held_out = (held_out or {names[0]}) - ({names[-1]} if len(held_out) == len(names) else set())
+    return [replace(item, is_validation=item.name in held_out) for item in items]
+
+
+def _with_trigger(caption: str, trigger: str | None, join: str) -> str:
+    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
+        return caption
+    return f"{trigger}{join}{caption}" if caption else trigger
+
+
+def _fraction(text: str) -> float:
+    """A number in 0..1 that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48
+
+
+def _name_in(folder: Path, image: Path) -> str:
+    try:
+        return comparable(Path(os.path.relpath(image, folder)).as_posix())
+    except ValueError:  # another drive
+        return comparable(image.as_posix())
+
+
+def _png_has_late_text(path: Path) -> bool:
+    """Whether a PNG has chunks behind its pixels that may hold EXIF or XMP."""
+    with path.open("rb") as file:
+        position, behind_pixels = 8, False
+        while True:
+            file.seek(position)
+            head = file.read(8)
+            if len(head) < 8 or head[4:] == b"IEND":
+                return False
+            behind_pixels |= head[4:] == b"IDAT"
+            if behind_pixels and head[4:] in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                return True
+            position += 12 + int.from_bytes(head[:4], "big")
