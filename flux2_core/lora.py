@@ -93,6 +93,7 @@ class LiveFactors:
         self._gain: Tensor | None = None
         if factors.magnitude is not None:
             self._gain = _to(factors, weight.device).gain(_rows(weight, factors))
+        self.needs_weight = self._gain is not None and self._gain.shape[1] > 1
 
     def __call__(self, x: Tensor, output: Tensor, weight: Tensor) -> Tensor:
         factors = self._prepare(x)
@@ -135,9 +136,13 @@ def apply_loras(dit: Flux2DiT, settings: Sequence[LoraSetting]) -> None:
             it was.
     """
     layers = _linear_layers(dit)
-    changes = _collect(settings, layers)
+    changes = collect_changes(settings, layers)
     live = {
-        name: tuple(LiveFactors(factors, strength, layer.weight) for factors, strength in changes.get(name, ()))
+        name: tuple(
+            # Only a magnitude looks at the numbers of a weight, and a quantised one has to be multiplied out for it.
+            LiveFactors(factors, strength, layer.weight if factors.magnitude is None else layer.dense_weight())
+            for factors, strength in changes.get(name, ())
+        )
         for name, layer in layers.items()
     }
     for name, layer in layers.items():
@@ -158,9 +163,10 @@ def merge_loras(dit: Flux2DiT, settings: Sequence[LoraSetting]) -> None:
         ValueError: as `apply_loras`, or the model has live LoRAs; the model is left as it was.
     """
     layers = _linear_layers(dit)
-    changes = _collect(settings, layers)
+    changes = collect_changes(settings, layers)
     if any(layer.adapters for layer in layers.values()):
         raise ValueError("the model has live LoRAs, which a merge would apply to other weights; remove them first")
+    _check_plain(layers)
     for name, factors in changes.items():
         layers[name].weight.data = merged_weight(layers[name].weight, factors)
 
@@ -187,7 +193,7 @@ def merged_tensors(
     Raises:
         ValueError: a setting is wrong, or a result is not finite in the type of the weight.
     """
-    changes = _collect(settings)
+    changes = collect_changes(settings)
     for name, tensor in tensors:
         factors = changes.get(name.removesuffix(".weight"))
         if factors:
@@ -238,6 +244,7 @@ def save_merged_dit(
     on_tensor: TensorCallback | None = None,
 ) -> Path:
     """Like `merge_checkpoint`, for a model that is loaded already; the model stays as it is."""
+    _check_plain({name: layer for name, layer in dit.named_modules() if isinstance(layer, Linear)})
     state = dit.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     tensors = ((name, tensor.float()) for name, tensor in state.items())
@@ -353,10 +360,14 @@ def _truncated_svd(matrix: Tensor, rank: int) -> LoraFactors:
     return LoraFactors(lora_A=lora_A, lora_B=lora_B, alpha=float(rank))
 
 
-def _collect(
+def collect_changes(
     settings: Sequence[LoraSetting], layers: Mapping[str, Linear] | None = None
 ) -> dict[str, list[tuple[Factors, float]]]:
-    """Factors and strengths by layer; checks that every LoRA fits the layers."""
+    """Factors and strengths by layer.
+
+    Raises:
+        ValueError: a LoRA does not fit ``layers``, or a setting is wrong, see `LoraSetting`.
+    """
     changes: dict[str, list[tuple[Factors, float]]] = {}
     for setting in settings:
         if layers is not None:
@@ -364,6 +375,15 @@ def _collect(
         for layer, strength in setting.layer_strengths().items():
             changes.setdefault(layer, []).extend((factors, strength) for factors in setting.lora.layers[layer])
     return changes
+
+
+def _check_plain(layers: Mapping[str, Linear]) -> None:
+    quantised = next((layer.weight_format for layer in layers.values() if layer.weight_format), None)
+    if quantised:
+        raise ValueError(
+            f"the model's weights are {quantised}, and merging into them would round them a second time; merge into the "
+            "checkpoint, or name the LoRAs when the model is loaded"
+        )
 
 
 def _check_shapes(lora: Lora, shapes: Mapping[str, tuple[int, int]]) -> None:
