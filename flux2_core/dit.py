@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .activation_checkpointing import Checkpointing, block_runner
 from .attention import apply_rope, attention, rope_table
 from .linear import Linear
 
@@ -189,11 +190,15 @@ class FinalLayer(nn.Module):
 
 
 class Flux2DiT(nn.Module):
-    """Predicts the velocity ``noise - latents`` of every image token."""
+    """Predicts the velocity ``noise - latents`` of every image token.
+
+    `checkpointing` says what the blocks keep for the backward pass; it is no part of the state.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing: Checkpointing = "none"
         hidden = config.hidden_size
         self.img_in = Linear(config.in_channels, hidden)
         self.txt_in = Linear(config.context_dim, hidden)
@@ -245,11 +250,12 @@ class Flux2DiT(nn.Module):
         ids = torch.cat((text_ids, token_ids), dim=0)
         rope = rope_table(ids, self.config.rope_axes, self.config.rope_theta)
 
+        run = block_runner(self.checkpointing)
         for block in self.double_blocks:
-            img, txt = block(img, txt, rope, img_modulation, txt_modulation)
+            img, txt = run(block, (img, txt), rope, img_modulation, txt_modulation)
         x = torch.cat((txt, img), dim=1)
         for block in self.single_blocks:
-            x = block(x, rope, single_modulation)
+            x = run(block, (x,), rope, single_modulation)
         return self.final_layer(x[:, txt.shape[1] :], vec)
 
 

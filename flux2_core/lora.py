@@ -53,7 +53,7 @@ class LoraSetting:
         for number in (self.strength, *self.block_strengths.values()):
             if not math.isfinite(number):
                 raise ValueError(f"strengths of {self.lora.name} must be finite, got {number}")
-        include, exclude = _compile(self.include), _compile(self.exclude)
+        chosen = matching_layers(self.lora.layers, self.include, self.exclude)
         known = linear_shapes(self.lora.config)
         for block in self.block_strengths:
             if not any(_begins(layer, block) for layer in known):
@@ -61,12 +61,6 @@ class LoraSetting:
                     f"block_strengths of {self.lora.name} names {block!r}, which no layer begins with; "
                     f"names look like double_blocks.0, single_blocks.{self.lora.config.num_single_blocks - 1}, img_in"
                 )
-        chosen = [
-            layer
-            for layer in self.lora.layers
-            if (not include or any(pattern.search(layer) for pattern in include))
-            and not any(pattern.search(layer) for pattern in exclude)
-        ]
         if not chosen:
             raise ValueError(
                 f"the include and exclude patterns leave no layer of {self.lora.name}; its layers are named like "
@@ -77,6 +71,21 @@ class LoraSetting:
             block = max((b for b in self.block_strengths if _begins(layer, b)), key=len, default=None)
             strengths[layer] = self.strength * (1.0 if block is None else self.block_strengths[block])
         return {layer: strength for layer, strength in strengths.items() if strength != 0}
+
+
+def matching_layers(layers: Iterable[str], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[str]:
+    """Names that one of `include` is found in (all, where it is empty), less those that one of `exclude` is found in.
+
+    Raises:
+        ValueError: a pattern is no regular expression.
+    """
+    included, excluded = _compile(include), _compile(exclude)
+    return [
+        layer
+        for layer in layers
+        if (not included or any(pattern.search(layer) for pattern in included))
+        and not any(pattern.search(layer) for pattern in excluded)
+    ]
 
 
 class LiveFactors:
@@ -101,11 +110,12 @@ class LiveFactors:
             change = factors.apply(x, self.strength)
         elif self._gain.shape[1] == 1:  # gain of each output: gain (W + delta) x - W x
             base = output if factors.rows is None else output[..., slice(*factors.rows)]
-            gain = self._gain[:, 0].to(x)
-            change = gain * factors.apply(x, self.strength) + self.strength * (gain - 1) * base
+            change = factors.apply(x, self.strength)
+            # Near 1 the gain itself would lose in bf16 what it differs by.
+            change = change + (self._gain[:, 0] - 1).to(x) * (change + self.strength * base)
         else:  # gain of each input: (W + delta) (gain x) - W x
             gain = self._gain[0].to(x)
-            base = F.linear((gain - 1) * x, _rows(weight, factors).to(x.dtype))
+            base = F.linear((self._gain[0] - 1).to(x) * x, _rows(weight, factors).to(x.dtype))
             change = factors.apply(gain * x, self.strength) + self.strength * base
         if factors.rows is None:
             return change
@@ -135,7 +145,7 @@ def apply_loras(dit: Flux2DiT, settings: Sequence[LoraSetting]) -> None:
         ValueError: a LoRA is for another shape of DiT, or a setting is wrong, see `LoraSetting`; the model is left as
             it was.
     """
-    layers = _linear_layers(dit)
+    layers = linear_layers(dit)
     changes = collect_changes(settings, layers)
     live = {
         name: tuple(
@@ -162,7 +172,7 @@ def merge_loras(dit: Flux2DiT, settings: Sequence[LoraSetting]) -> None:
     Raises:
         ValueError: as `apply_loras`, or the model has live LoRAs; the model is left as it was.
     """
-    layers = _linear_layers(dit)
+    layers = linear_layers(dit)
     changes = collect_changes(settings, layers)
     if any(layer.adapters for layer in layers.values()):
         raise ValueError("the model has live LoRAs, which a merge would apply to other weights; remove them first")
@@ -397,7 +407,8 @@ def _check_shapes(lora: Lora, shapes: Mapping[str, tuple[int, int]]) -> None:
         )
 
 
-def _linear_layers(dit: Flux2DiT) -> dict[str, Linear]:
+def linear_layers(dit: Flux2DiT) -> dict[str, Linear]:
+    """Every Linear of a DiT by its BFL name."""
     return {name: module for name, module in dit.named_modules() if isinstance(module, Linear)}
 
 
