@@ -275,7 +275,7 @@ def _add_references(
     problems.raise_if_any(f"control_directory {folder}")
     if unclaimed:
         logger.warning(
-            "%s: %d references belong to no picture and are left out: %s",
+            "%s: references that belong to no picture are left out (%d): %s",
             folder,
             len(unclaimed),
             shorten_names(unclaimed),
@@ -312,7 +312,10 @@ def _add_masks(
     unclaimed = [file.name for stem, file in masks.items() if stem not in stems]
     if unclaimed:
         logger.warning(
-            "%s: %d masks belong to no picture and are left out: %s", folder, len(unclaimed), shorten_names(unclaimed)
+            "%s: masks that belong to no picture are left out (%d): %s",
+            folder,
+            len(unclaimed),
+            shorten_names(unclaimed),
         )
     return [replace(entry, mask=entry.mask or masks[comparable(entry.image.stem)]) for entry in entries]
 
@@ -397,7 +400,7 @@ def _tell_missing_captions(subset: SubsetConfig, items: Sequence[DatasetItem]) -
         if table is not None:
             logger.warning("%s: captions may be in %s; give that file to use it", subset.place, table)
     logger.warning(
-        "%s: %d of %d pictures have no caption and are trained with %s: %s",
+        "%s: pictures without caption (%d of %d) are trained with %s: %s",
         subset.place,
         len(missing),
         len(items),
@@ -410,7 +413,7 @@ def _tell_left_out(folder: Path, files: Sequence[Path]) -> None:
     names = [file.name for file in files if file.suffix.lower() in OTHER_PICTURE_SUFFIXES]
     if names:
         logger.warning(
-            "%s: %d pictures are of kinds that are not read: %s; save them as PNG", folder, len(names),
+            "%s: pictures of kinds that are not read are left out (%d): %s; save them as PNG", folder, len(names),
             shorten_names(names),
         )  # fmt: skip
 
