@@ -23,6 +23,7 @@ from ..flux2_core.quantization import FLOAT8_DTYPES, FLOAT_DTYPES, split_quantis
 from ..flux2_core.tensor_source import TORCH_DTYPES, TensorEntry, TensorSource
 from ..flux2_core.tokenizer import PromptTokenizer, find_tokenizer
 from ..flux2_core.variants import TextEncoderConfig
+from ..flux2_core.weights import WeightsComponent
 
 MAX_WHOLE_BYTES = 64 * 2**20
 """Weights up to this size are read whole; of larger ones `NUM_SAMPLES` places in every tensor."""
@@ -174,6 +175,16 @@ def identify_text_encoder(
         context_dim=config.context_dim,
         max_tokens=config.max_tokens,
     )
+
+
+def fingerprint_weights(path: str | Path, component: WeightsComponent) -> str:
+    """32 hexadecimal digits that change when anything in the weights does; the file's name does not count.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    table = TensorSource(path, component=component).table
+    return _fingerprint({f"{name} {entry.shape}": entry for name, entry in table.items()}, None)
 
 
 def _is_used(name: str, num_layers: int) -> bool:
