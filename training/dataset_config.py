@@ -37,7 +37,6 @@ MAX_CAPTION_ORDERS = 64
 MAX_REPEATS = 1_000_000
 MAX_SUBSETS = 1000
 CONTROL_FITS = ("inference", "target", "original", "area")
-TABLE_SUFFIXES = (".csv", ".jsonl", ".json")
 CACHE_FOLDER = "flux2_cache"
 
 
@@ -188,22 +187,27 @@ def load_dataset_config(
     path = Path(path)
     inside = None if roots is None else tuple(Path(root).resolve() for root in roots)
     check_inside(path, inside, "the dataset")
+    subsets = _load_subsets(path, inside, side)
+    for subset in subsets:
+        check_inside(subset.cache_folder, inside, "the cache")
+    return DatasetConfig(subsets=subsets, roots=inside)
+
+
+def _load_subsets(path: Path, roots: tuple[Path, ...] | None, side: int) -> tuple[SubsetConfig, ...]:
     if path.is_dir():
-        subset = SubsetConfig(image_directory=path, resolution=(side, side), enable_bucket=True)
-        return DatasetConfig(subsets=(subset,), roots=inside)
+        return (SubsetConfig(image_directory=path, resolution=(side, side), enable_bucket=True),)
     if not path.is_file():
         raise ValueError(f"no dataset at {path}; give a TOML or JSON file, a CSV, JSON or JSONL table, or a folder")
     suffix = path.suffix.lower()
     if suffix in (".csv", ".jsonl") or (suffix == ".json" and _holds_list(path)):
-        subset = SubsetConfig(metadata_file=path, resolution=(side, side), enable_bucket=True)
-        return DatasetConfig(subsets=(subset,), roots=inside)
+        return (SubsetConfig(metadata_file=path, resolution=(side, side), enable_bucket=True),)
     if suffix not in (".toml", ".json"):
         raise ValueError(
             f"{path} is no dataset; give a .toml or .json with settings, a .csv, .json or .jsonl table, or a folder"
         )
     data = _read_settings(path)
     try:
-        return DatasetConfig(subsets=_parse(data, path.parent, inside), roots=inside)
+        return _parse(data, path.parent, roots)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
