@@ -353,9 +353,7 @@ def evaluation_weights(optimizer: Optimizer) -> Iterator[None]:
         yield
     finally:
         set_training(optimizer, True)
-        with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.copy_(value)
+        _write(parameters, kept)
 
 
 def _unwrap(optimizer: Optimizer) -> Optimizer:
@@ -449,6 +447,12 @@ def _try_one_step(kind: type[Any], arguments: Mapping[str, Any], device: torch.d
         raise ValueError(f"{kind.__name__} of bitsandbytes does not run on {device}: {error}; use adamw") from error
 
 
+def effective_rate(optimizer: Optimizer) -> float:
+    """The learning rate of the first group as it acts: for prodigy times the factor that it has found."""
+    group = _unwrap(optimizer).param_groups[0]
+    return float(group["lr"]) * float(group.get("d", 1.0))
+
+
 class Ema:
     """Exponential moving average of parameters, in fp32 on their device.
 
@@ -456,53 +460,50 @@ class Ema:
     quickly, so that the first weights do not stay in it.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor] | Sequence[Tensor], decay: float) -> None:
+    def __init__(self, parameters: Iterable[Tensor], decay: float) -> None:
         if not 0 < decay < 1:
             raise ValueError(f"the decay of the moving average is {decay}; it must lie between 0 and 1, such as 0.999")
-        if not isinstance(parameters, Mapping):
-            parameters = {str(index): parameter for index, parameter in enumerate(parameters)}
-        self.parameters = dict(parameters)
         self.decay = decay
         self.num_updates = 0
-        self.averages = {name: value.detach().float().clone() for name, value in self.parameters.items()}
+        self.averages = [parameter.detach().float().clone() for parameter in parameters]
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, parameters: Iterable[Tensor]) -> None:
         """Takes the parameters of now into the average; call it after every step of the optimiser."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        for average, parameter in zip(self.averages.values(), self.parameters.values(), strict=True):
+        for average, parameter in zip(self.averages, parameters, strict=True):
             average.lerp_(parameter.float(), 1 - decay)
 
     @contextmanager
-    def swapped(self) -> Iterator[None]:
+    def swapped_in(self, parameters: Iterable[Tensor]) -> Iterator[None]:
         """The parameters are the average inside of the block, and afterwards what they were, bit for bit."""
-        kept = [parameter.detach().clone() for parameter in self.parameters.values()]
-        self._write(self.averages.values())
+        parameters = list(parameters)
+        kept = [parameter.detach().clone() for parameter in parameters]
+        _write(parameters, self.averages)
         try:
             yield
         finally:
-            self._write(kept)
+            _write(parameters, kept)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on; the averages are not copied."""
-        return {"num_updates": torch.tensor(self.num_updates), **{f"average.{k}": v for k, v in self.averages.items()}}
+        return {"num_updates": self.num_updates, "averages": list(self.averages)}
 
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` gave.
 
         Raises:
             ValueError: it belongs to other parameters.
         """
-        shapes = {name: tuple(value.shape) for name, value in state.items() if name != "num_updates"}
-        if "num_updates" not in state or shapes != {f"average.{k}": tuple(v.shape) for k, v in self.averages.items()}:
+        averages = list(state["averages"])
+        if [value.shape for value in averages] != [value.shape for value in self.averages]:
             raise ValueError("the moving average in this state belongs to other parameters; resume with its settings")
         self.num_updates = int(state["num_updates"])
-        for name, average in self.averages.items():
-            average.copy_(state[f"average.{name}"])
+        _write(self.averages, averages)
 
-    @torch.no_grad()
-    def _write(self, values: Iterable[Tensor]) -> None:
-        for parameter, value in zip(self.parameters.values(), values, strict=True):
-            parameter.copy_(value)
+
+@torch.no_grad()
+def _write(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)

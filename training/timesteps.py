@@ -168,7 +168,7 @@ def sigmas_from_uniform(u: Tensor, num_tokens: Tensor | int, config: TimestepCon
 
 def _locations(u: Tensor, num_tokens: Tensor | int, config: TimestepConfig, num_steps: int) -> Tensor:
     """What is added to the logit of a noise level ``[B]``: a shift by k adds log(k)."""
-    tokens = torch.as_tensor(num_tokens).expand(u.shape).tolist()
+    tokens = torch.as_tensor(num_tokens).flatten().tolist()
     match config.timestep_sampling:
         case "flux2":
             values = [empirical_mu(count, num_steps) for count in tokens]
@@ -178,7 +178,7 @@ def _locations(u: Tensor, num_tokens: Tensor | int, config: TimestepConfig, num_
             values = [math.log(config.discrete_flow_shift)] * len(tokens)
         case _:
             values = [0.0] * len(tokens)
-    return torch.tensor(values, dtype=torch.float64, device=u.device)
+    return torch.tensor(values, dtype=torch.float64, device=u.device).expand(u.shape)
 
 
 def _quantile(u: Tensor, locations: Tensor, config: TimestepConfig) -> Tensor:

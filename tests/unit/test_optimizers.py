@@ -17,6 +17,7 @@ from flux2_kit.training.optimizers import (
     OptimizerConfig,
     ScheduleConfig,
     check_schedule,
+    effective_rate,
     evaluation_weights,
     find_optimizer,
     learning_rate_factor,
@@ -152,6 +153,16 @@ def test_prodigy_starts_at_one_and_refuses_different_rates():
     groups = [{"params": parameters[:1], "lr": 1.0}, {"params": parameters[1:], "lr": 16.0}]
     with pytest.raises(ValueError, match="leave out loraplus_lr_ratio"):
         make_optimizer(groups, OptimizerConfig(optimizer_type="prodigy"))
+
+
+def test_the_rate_that_acts_is_told():
+    assert effective_rate(Run("adamw", learning_rate=3e-4).optimizer) == 3e-4
+    needs("prodigyopt")
+    run = Run("prodigy", optimizer_args=("d0=1e-5",))
+    assert effective_rate(run.optimizer) == pytest.approx(1e-5)
+    run.train(0, 20)
+    group = run.optimizer.param_groups[0]
+    assert group["d"] > 1e-5 and effective_rate(run.optimizer) == pytest.approx(group["lr"] * group["d"])
 
 
 @pytest.mark.parametrize(
@@ -416,61 +427,69 @@ def test_a_warm_up_longer_than_the_run_is_refused():
 
 class TestEma:
     @staticmethod
-    def parameters(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
-        shapes = {"a": (3, 4), "b": (5,)}
-        return {k: nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for k, s in shapes.items()}
+        return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((3, 4), (5,))]
 
     @staticmethod
-    def move(parameters: dict[str, Tensor], step: int) -> None:
+    def move(parameters: list[Tensor], step: int) -> None:
         with torch.no_grad():
-            for parameter in parameters.values():
+            for parameter in parameters:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step)))
 
     def test_it_is_the_weighted_sum_of_all_weights_so_far(self):
         parameters = self.parameters()
         ema = Ema(parameters, 0.5)
-        expected = parameters["a"].detach().double()
+        expected = parameters[0].detach().double()
         for step in range(1, 20):
             self.move(parameters, step)
-            ema.update()
+            ema.update(parameters)
             decay = min(0.5, (1 + step) / (10 + step))
-            expected = decay * expected + (1 - decay) * parameters["a"].detach().double()
-        torch.testing.assert_close(ema.averages["a"].double(), expected, rtol=1e-5, atol=1e-6)
+            expected = decay * expected + (1 - decay) * parameters[0].detach().double()
+        torch.testing.assert_close(ema.averages[0].double(), expected, rtol=1e-5, atol=1e-6)
 
     def test_swapping_puts_the_average_in_and_the_weights_back(self):
         parameters = self.parameters()
-        ema = Ema(list(parameters.values()), 0.9)
+        ema = Ema(parameters, 0.9)
         self.move(parameters, 1)
-        ema.update()
-        before = parameters["b"].detach().clone()
-        with pytest.raises(RuntimeError, match="stop"), ema.swapped():
-            assert torch.equal(parameters["b"], ema.averages["1"]) and not torch.equal(parameters["b"], before)
+        ema.update(parameters)
+        before = parameters[1].detach().clone()
+        with pytest.raises(RuntimeError, match="stop"), ema.swapped_in(parameters):
+            assert torch.equal(parameters[1], ema.averages[1]) and not torch.equal(parameters[1], before)
             raise RuntimeError("stop")
-        assert torch.equal(parameters["b"], before)
+        assert torch.equal(parameters[1], before)
 
     def test_the_average_is_in_fp32_whatever_the_parameters_are(self):
-        ema = Ema(self.parameters(torch.bfloat16), 0.999)
-        ema.update()
-        assert {value.dtype for value in ema.averages.values()} == {torch.float32}
+        parameters = self.parameters(torch.bfloat16)
+        ema = Ema(parameters, 0.999)
+        ema.update(parameters)
+        assert {value.dtype for value in ema.averages} == {torch.float32}
+
+    def test_it_holds_no_memory_of_the_parameters(self):
+        parameters = self.parameters()
+        ema = Ema(parameters, 0.9)
+        before = [average.clone() for average in ema.averages]
+        self.move(parameters, 1)
+        assert all(torch.equal(average, old) for average, old in zip(ema.averages, before, strict=True))
 
     def test_it_resumes_bit_for_bit(self):
         parameters = self.parameters()
         whole = Ema(parameters, 0.99)
         for step in range(5):
             self.move(parameters, step)
-            whole.update()
+            whole.update(parameters)
         resumed = Ema(parameters, 0.99)
         resumed.load_state_dict(deepcopy(whole.state_dict()))
         self.move(parameters, 5)
         for ema in (whole, resumed):
-            ema.update()
-        assert torch.equal(whole.averages["a"], resumed.averages["a"])
-        assert whole.state_dict()["num_updates"] == resumed.state_dict()["num_updates"] == 6
+            ema.update(parameters)
+        assert torch.equal(whole.averages[0], resumed.averages[0])
+        assert whole.num_updates == resumed.num_updates == 6
 
     def test_a_state_of_other_parameters_is_refused(self):
-        with pytest.raises(ValueError, match="belongs to other parameters"):
-            Ema(self.parameters(), 0.9).load_state_dict(Ema([torch.zeros(3)], 0.9).state_dict())
+        for others in ([torch.zeros(3)], [torch.zeros(3, 4), torch.zeros(6)]):
+            with pytest.raises(ValueError, match="belongs to other parameters"):
+                Ema(self.parameters(), 0.9).load_state_dict(Ema(others, 0.9).state_dict())
         with pytest.raises(ValueError, match=r"the decay of the moving average is 1\.0"):
             Ema(self.parameters(), 1.0)
 
