@@ -98,6 +98,8 @@ def list_dataset(config: DatasetConfig, *, seed: int = 0) -> Dataset:
         ValueError: there are no pictures; or pictures, captions, references or masks are missing, unreadable, too
             small, too long, or outside of ``config.roots``. All that is found wrong is told together.
     """
+    if not config.subsets:
+        raise ValueError("the dataset names no pictures; add a folder or table")
     items: list[DatasetItem] = []
     for index, subset in enumerate(config.subsets):
         items += _list_subset(index, subset, config.roots, seed)

@@ -15,6 +15,7 @@ from typing import Any
 from ..flux2_core.files import read_limited
 from .dataset_paths import MAX_FILES, resolve_named
 
+TABLE_SUFFIXES = (".jsonl", ".csv", ".json")
 MAX_TABLE_BYTES = 256 * 2**20
 MAX_SHOWN = 10
 """Problems of one kind that are named; the rest is counted."""
@@ -75,6 +76,8 @@ def read_table(path: Path, roots: Sequence[Path] | None) -> list[TableRow]:
         ValueError: the table is too large or damaged; or rows are incomplete or name files that are missing or outside
             of ``roots``, told together with their lines.
     """
+    if not path.is_file() or (path.suffix.lower() not in TABLE_SUFFIXES):
+        raise ValueError(f"{path} is no table; give a file ending in {', '.join(TABLE_SUFFIXES)}")
     rows: list[TableRow] = []
     problems = Problems()
     for where, fields in _read_fields(path):

@@ -13,6 +13,7 @@ import pytest
 from flux2_kit.flux2_core.images import load_image
 from flux2_kit.training.dataset import (
     Dataset,
+    DatasetConfig,
     SubsetConfig,
     caption_orders,
     is_held_out,
@@ -473,6 +474,17 @@ class TestTables:
         with pytest.raises(ValueError, match=message) as caught:
             list_dataset(load_dataset_config(tmp_path / name))
         assert str(tmp_path / name) in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["folder.jsonl", "table.parquet"])
+    def test_what_is_no_table_is_refused(self, tmp_path, name):
+        (tmp_path / "folder.jsonl").mkdir()
+        (tmp_path / "table.parquet").touch()
+        path = tmp_path / "dataset.json"
+        path.write_text(json.dumps({"datasets": [{"metadata_file": name}]}))
+        with pytest.raises(ValueError, match=f"{name} is no table"):
+            list_dataset(load_dataset_config(path))
+        with pytest.raises(ValueError, match="names no pictures"):
+            list_dataset(DatasetConfig(subsets=()))
 
     def test_oversized_tables_are_refused_unread(self, tmp_path):
         with (tmp_path / "t.jsonl").open("wb") as file:
