@@ -1,0 +1,209 @@
+"""What a training run measures, as lines of JSON on the disk and, where asked for, in TensorBoard and W&B."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from ..flux2_core.files import read_limited, write_text
+
+LogWith = Literal["tensorboard", "wandb", "all"]
+PACKAGES = ("tensorboard", "wandb")
+MAX_METRICS_BYTES = 2**30
+"""Some four million steps."""
+
+
+class Tracker(Protocol):
+    """Something that shows numbers while a run goes on."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Shows the numbers of a step; none of them is NaN or infinite."""
+
+    def close(self) -> None:
+        """Sends what is left."""
+
+
+class RunningAverage:
+    """Exponential average that starts at the first value; values that are not finite do not count."""
+
+    def __init__(self, weight: float = 0.02) -> None:
+        """Takes the weight of the newest value, 0..1."""
+        assert 0 < weight <= 1
+        self.weight = weight
+        self.value: float | None = None
+
+    def update(self, value: float) -> float | None:
+        """Takes a value in and gives the average; None as long as there was no finite value."""
+        if math.isfinite(value):
+            self.value = value if self.value is None else self.value + self.weight * (value - self.value)
+        return self.value
+
+
+class MetricsWriter:
+    """Appends a line of JSON for every record to ``<name>-metrics.jsonl``.
+
+    A line is given to the system as a whole at once, so that a killed process loses none; at most a power cut or a
+    full disk leaves half of one, which is dropped when the file is read.
+    """
+
+    def __init__(self, directory: Path, name: str, *, first_step: int = 0, trackers: Iterable[Tracker] = ()) -> None:
+        """Opens the file, and cuts off what a resumed run is going to measure again.
+
+        Args:
+            directory: exists.
+            first_step: steps done; records up to it are kept. A run that begins at 0 begins a new file.
+            trackers: told every record as well.
+
+        Raises:
+            ValueError: the file that is there is no such file.
+        """
+        self.path = directory / f"{name}-metrics.jsonl"
+        self._trackers = tuple(trackers)
+        kept = []
+        if first_step > 0 and self.path.exists():
+            kept = [record for record in read_metrics(self.path) if record["step"] <= first_step]
+        write_text(self.path, "".join(_line(record) for record in kept))
+        self._seconds_before = max((record.get("seconds") or 0.0 for record in kept), default=0.0)
+        self._started = time.monotonic()
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
+
+    def write(self, *, step: int, **values: float | None) -> None:
+        """Appends a record; None is left out, and what is not finite becomes null.
+
+        Args:
+            step: steps done.
+            values: usually epoch, loss, validation_loss, learning_rate, gradient_norm. The seconds that the run has
+                taken, those before a resume included, are added.
+
+        Raises:
+            OSError: the disk is full; what was written of the line is taken back where that is possible.
+        """
+        assert self._descriptor is not None, "closed"
+        given = {name: value for name, value in values.items() if value is not None}
+        seconds = self._seconds_before + time.monotonic() - self._started
+        line = _line({"step": step, **given, "seconds": round(seconds, 3)}).encode()
+        size = os.fstat(self._descriptor).st_size
+        try:
+            written = os.write(self._descriptor, line)
+            if written < len(line):
+                os.write(self._descriptor, line[written:])
+        except OSError:
+            os.ftruncate(self._descriptor, size)
+            raise
+        shown = {name: float(value) for name, value in given.items() if math.isfinite(value)}
+        for tracker in self._trackers:
+            tracker.log(shown, step)
+
+    def close(self) -> None:
+        """Closes the file and the trackers; a second time does nothing."""
+        if self._descriptor is None:
+            return
+        os.close(self._descriptor)
+        self._descriptor = None
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of metrics, in its order; half a line at the end is left out.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    lines = read_limited(path, MAX_METRICS_BYTES).split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
+                raise ValueError("a record is an object with a step")
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):  # no line end behind it: the writer was cut off
+                break
+            raise ValueError(f"line {number} of {path} is no record of training metrics: {error}") from error
+        records.append(record)
+    return records
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def open_trackers(
+    log_with: LogWith | None,
+    logging_dir: Path,
+    *,
+    run_name: str,
+    project: str = "flux2-kit",
+    settings: Mapping[str, Any] | None = None,
+    first_step: int = 0,
+) -> tuple[Tracker, ...]:
+    """TensorBoard and W&B, opened for one run; "all" takes those of the two that are installed.
+
+    Args:
+        logging_dir: TensorBoard's events go into a folder ``run_name`` in it, W&B's files beside that.
+        run_name: of this run.
+        project: of W&B.
+        settings: shown by W&B beside the run.
+        first_step: steps done before, in a resumed run; TensorBoard forgets what was beyond.
+
+    Raises:
+        ValueError: the package that is asked for is not installed.
+    """
+    opened: list[Tracker] = []
+    for package in PACKAGES if log_with == "all" else (log_with,) if log_with else ():
+        try:
+            if package == "tensorboard":
+                opened.append(_TensorBoard(logging_dir / run_name, first_step))
+            elif package == "wandb":
+                opened.append(_WeightsAndBiases(logging_dir, run_name, project, settings or {}))
+            else:
+                raise ValueError(f"log_with is {log_with!r}; it must be tensorboard, wandb or all")
+        except ModuleNotFoundError as error:
+            if error.name not in PACKAGES:
+                raise
+            if log_with != "all":
+                raise ValueError(
+                    f"log_with {package} needs the package {package}; run: pip install {package}"
+                ) from error
+    if log_with == "all" and not opened:
+        raise ValueError(f"log_with all finds neither of {' and '.join(PACKAGES)}; run: pip install tensorboard")
+    return tuple(opened)
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, folder: Path, run_name: str, project: str, settings: Mapping[str, Any]) -> None:
+        wandb = importlib.import_module("wandb")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(project=project, name=run_name, dir=str(folder), config=dict(settings))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
