@@ -386,6 +386,11 @@ def test_rex_falls_along_its_formula():
     assert learning_rate_factor(100, 100, ScheduleConfig(lr_scheduler="rex")) == pytest.approx(0.01)
 
 
+def test_one_cycle_rises_over_the_warm_up_and_falls_to_zero():
+    found = [optimizers.one_cycle(step, 100, 10) for step in (0, 50, 100)]
+    assert found == pytest.approx([0.1, 0.5, 0.0], abs=1e-12)
+
+
 @pytest.mark.parametrize("given", [16, "16", "10%", 0.1, "0.1"])
 def test_a_warm_up_is_given_in_steps_or_as_a_share(given):
     config = ScheduleConfig(lr_scheduler="constant_with_warmup", lr_warmup_steps=given)
