@@ -136,9 +136,10 @@ def test_masks_follow_the_geometry_of_the_picture():
     fitted = np.asarray(fit_mask(mask, (64, 64)))
     assert fitted.dtype == np.uint8 and fitted.shape == (64, 64)
     assert (fitted[:, :28] == 0).all() and (fitted[:, 36:] == 255).all()
-    turned = mask.copy()
-    turned.getexif()[0x0112] = 6
-    assert (np.asarray(fit_mask(turned, (64, 64)))[:28] == 0).all()
+    for mode in ("L", "LA", "RGBA"):
+        turned = mask.convert(mode)
+        turned.getexif()[0x0112] = 6
+        assert (np.asarray(fit_mask(turned, (64, 64)))[:28] == 0).all()
 
 
 def test_transparent_parts_of_a_mask_are_not_trained():

@@ -226,7 +226,13 @@ class TestCaptions:
 
     @pytest.mark.parametrize(
         ("text", "result"),
-        [("a cat", "sks, a cat"), ("a sks cat", "a sks cat"), ("a sksy cat", "sks, a sksy cat"), ("", "sks")],
+        [
+            ("a cat", "sks, a cat"),
+            ("a sks cat", "a sks cat"),
+            ("a sksy cat", "sks, a sksy cat"),
+            ("it asks", "sks, it asks"),
+            ("", "sks"),
+        ],
     )
     def test_the_trigger_word_comes_first_where_it_is_not_there_already(self, text, result):
         subset = SubsetConfig(image_directory=Path("x"), trigger_word="sks")
