@@ -76,7 +76,8 @@ def test_seconds_go_on_after_a_resume(tmp_path):
 
 
 def test_a_new_run_of_the_same_name_begins_a_new_file(tmp_path):
-    write_steps(tmp_path, 1, 5)
+    first = write_steps(tmp_path, 1, 5)
+    first.write(step=0, validation_loss=0.5)
     writer = write_steps(tmp_path, 1, 3)
     assert steps(writer.path) == [1, 2]
 
