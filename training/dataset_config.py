@@ -205,7 +205,7 @@ def _load_subsets(path: Path, roots: tuple[Path, ...] | None, side: int) -> tupl
         raise ValueError(
             f"{path} is no dataset; give a .toml or .json with settings, a .csv, .json or .jsonl table, or a folder"
         )
-    data = _read_settings(path)
+    data = read_settings(path)
     try:
         return _parse(data, path.parent, roots)
     except ValueError as error:
@@ -218,7 +218,12 @@ def _holds_list(path: Path) -> bool:
         return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """The content of a TOML or JSON file with settings.
+
+    Raises:
+        ValueError: it is too large, not valid, or no object.
+    """
     content = read_limited(path, MAX_JSON_BYTES)
     try:
         text = content.decode("utf-8-sig")
@@ -227,7 +232,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
         kind = path.suffix[1:].upper()
         raise ValueError(f"{path} is not valid {kind} ({error}); correct it there") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold an object with the key datasets, got {type(data).__name__}")
+        raise ValueError(f"{path} must hold an object, got {type(data).__name__}")
     return data
 
 
