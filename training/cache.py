@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..flux2_core.variants import Variant
 from .cache_manifest import (
+    SOURCE_FIELDS,
     Manifest,
     What,
     cache_folder,
@@ -39,7 +40,7 @@ from .cache_plan import (
     subset_of,
 )
 from .dataset import Dataset, DatasetItem
-from .dataset_config import DatasetConfig
+from .dataset_config import DatasetConfig, SubsetConfig
 from .fingerprint import (
     AutoencoderIdentity,
     EncoderIdentity,
@@ -52,8 +53,13 @@ NUM_THREADS = 8
 """That look at the headers of cached files."""
 NUM_NAMED = 3
 """Pictures of a kind of trouble that a message names."""
+WORDS: dict[What, tuple[str, str]] = {"latents": ("pictures", "autoencoder"), "text": ("captions", "text encoder")}
+"""What is encoded, and by what."""
 TRAINED_SETTINGS = ("batch_size", "num_repeats", "caption_dropout", "flip")
 """Settings of a subset that change training, but not what is cached."""
+
+Manifests = dict[Path, "Manifest | ValueError"]
+"""What was found in the cache folders, by path; those that cannot be read with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -168,14 +174,8 @@ def open_cache(
     if autoencoder is not None:
         wanted_latents = identify_autoencoder(autoencoder)
 
-    def fits(encoder: EncoderIdentity) -> bool:
-        assert isinstance(encoder, TextEncoderIdentity)
-        config = variant.text_encoder
-        mine = config.family, variant.dit.context_dim, config.max_tokens
-        return (encoder.family, encoder.context_dim, encoder.max_tokens) == mine
-
-    latents = _choose(dataset, "latents", manifests, variant, lambda _: True, wanted_latents)
-    text = _choose(dataset, "text", manifests, variant, fits, wanted_text)
+    latents = _choose(dataset, "latents", manifests, variant, wanted_latents)
+    text = _choose(dataset, "text", manifests, variant, wanted_text)
     assert isinstance(latents, AutoencoderIdentity) and isinstance(text, TextEncoderIdentity)
 
     known = known_hashes(manifests)
@@ -205,84 +205,88 @@ def open_cache(
     )
 
 
-Manifests = dict[Path, "Manifest | ValueError"]
-"""What was found in the cache folders, by path; those that cannot be read with the reason."""
-
-
 def _choose(
-    dataset: Dataset,
-    what: What,
-    manifests: Manifests,
-    variant: Variant,
-    fits: Callable[[EncoderIdentity], bool],
-    wanted: EncoderIdentity | None,
+    dataset: Dataset, what: What, manifests: Manifests, variant: Variant, wanted: EncoderIdentity | None
 ) -> EncoderIdentity:
     """The encoder that all subsets are cached with, that fits the variant, and that was asked for."""
-    thing, encoder_name = ("pictures", "autoencoder") if what == "latents" else ("captions", "text encoder")
+    things, encoder_name = WORDS[what]
     command = f"run `flux2 cache-{what} --dataset_config FILE --model_version {variant.name}`"
-    candidates: dict[tuple[str, str], EncoderIdentity] | None = None
-    for subset, items in group_subsets(dataset, what):
-        if not items:
-            continue
-        folder, prefix = cache_folder(subset), manifest_prefix(subset, what)
-        here: list[EncoderIdentity] = []
-        for path, manifest in manifests.items():
-            if path.parent == folder and path.name.startswith(prefix):
-                if isinstance(manifest, ValueError):
-                    raise manifest
-                here.append(manifest.encoder)
-        place = subset.place
+    candidates: dict[tuple[str, str], EncoderIdentity] = {}
+    for number, (subset, _) in enumerate(group_subsets(dataset, what)):
+        here = _cached_with(subset, what, manifests)
         if not here:
             raise ValueError(
-                f"the {thing} of {place} are not cached with the present settings in {folder}"
-                f"{_other_settings(folder, what, manifests, manifest_settings(subset, what))}; {command}"
+                f"the {things} of {subset.place} are not cached with the present settings in {cache_folder(subset)}"
+                f"{_other_settings(subset, what, manifests)}; {command}"
             )
-        fitting = [encoder for encoder in here if fits(encoder)]
+        fitting = {(one.fingerprint, one.dtype): one for one in here if _fits(one, variant)}
         if not fitting:
             raise ValueError(
-                f"the {thing} of {place} are cached with {_names(here)}, which is no {encoder_name} of {variant.name} "
-                f"({variant.text_encoder.tokenizer_id}); {command}"
+                f"the {things} of {subset.place} are cached with {_names(here)}, which is no {encoder_name} of "
+                f"{variant.name}; {command}"
             )
-        by_identity = {(encoder.fingerprint, encoder.dtype): encoder for encoder in fitting}
-        if candidates is not None and not candidates.keys() & by_identity.keys():
+        if number and not candidates.keys() & fitting.keys():
             raise ValueError(
-                f"the {thing} of {place} are cached with {_names(fitting)}, those of other subsets with "
-                f"{_names(candidates.values())}; {command} to have them all of one {encoder_name}"
+                f"the {things} of {subset.place} are cached with {_names(fitting.values())}, those of other subsets "
+                f"with {_names(candidates.values())}; {command} to have them all of one {encoder_name}"
             )
-        candidates = {key: by_identity[key] for key in by_identity if candidates is None or key in candidates}
-    if candidates is None:
+        candidates = {key: fitting[key] for key in fitting if not number or key in candidates}
+    if not candidates:
         raise ValueError("the dataset has no pictures; check its paths with `flux2 dataset FILE`")
     if wanted is not None:
-        same = [encoder for encoder in candidates.values() if encoder.fingerprint == wanted.fingerprint]
+        same = {key: one for key, one in candidates.items() if one.fingerprint == wanted.fingerprint}
         if not same:
             raise ValueError(
-                f"the {thing} are cached with {_names(candidates.values())}, but the {encoder_name} to train with is "
+                f"the {things} are cached with {_names(candidates.values())}, but the {encoder_name} to train with is "
                 f"{wanted.description}; {command} with it"
             )
-        candidates = {(encoder.fingerprint, encoder.dtype): encoder for encoder in same}
-        if len(candidates) > 1 and (at_run_time := candidates.get((wanted.fingerprint, wanted.dtype))):
-            return at_run_time
+        # Of two precisions the one that encoding at run time has.
+        candidates = {key: one for key, one in same.items() if one.dtype == wanted.dtype} or same
     if len(candidates) > 1:
         raise ValueError(
-            f"the {thing} are cached with several encoders: {_names(candidates.values())}; name the {encoder_name} to "
-            "train with, or delete the other's manifest"
+            f"the {things} are cached with {len(candidates)} encoders, {_names(candidates.values())}; name the "
+            f"{encoder_name} to train with, or delete the manifest of the other"
         )
     return next(iter(candidates.values()))
+
+
+def _cached_with(subset: SubsetConfig, what: What, manifests: Manifests) -> list[EncoderIdentity]:
+    """The encoders that have a manifest of this subset with its present settings."""
+    folder, prefix = cache_folder(subset), manifest_prefix(subset, what)
+    found = [one for path, one in manifests.items() if path.parent == folder and path.name.startswith(prefix)]
+    for manifest in found:
+        if isinstance(manifest, ValueError):
+            raise manifest
+    return [manifest.encoder for manifest in found if isinstance(manifest, Manifest)]
+
+
+def _fits(encoder: EncoderIdentity, variant: Variant) -> bool:
+    if isinstance(encoder, AutoencoderIdentity):  # one serves all released variants; tiny has its own
+        return encoder.reference_sides == variant.autoencoder.reference_sides
+    assert isinstance(encoder, TextEncoderIdentity)
+    config = variant.text_encoder
+    wanted = (config.family, variant.dit.context_dim, config.max_tokens)
+    return (encoder.family, encoder.context_dim, encoder.max_tokens) == wanted
 
 
 def _names(encoders: Iterable[EncoderIdentity]) -> str:
     return " and ".join(dict.fromkeys(encoder.description for encoder in encoders))
 
 
-def _other_settings(folder: Path, what: What, manifests: Manifests, settings: dict[str, object]) -> str:
-    """Which settings of this folder's caches differ, where there are caches of the same pictures."""
+def _other_settings(subset: SubsetConfig, what: What, manifests: Manifests) -> str:
+    """Which settings differ from those that the same pictures are cached with, where they are."""
+    folder, settings = cache_folder(subset), manifest_settings(subset, what)
     for path, manifest in manifests.items():
         if path.parent != folder or isinstance(manifest, ValueError) or manifest.what != what:
             continue
-        differing = [key for key in settings if manifest.settings.get(key) != settings[key]]
-        if not {"image_directory", "image_jsonl_file", "metadata_file"} & set(differing):
-            changes = (f"{key} was {manifest.settings.get(key)}, is {settings[key]}" for key in differing[:NUM_NAMED])
-            return f" ({', '.join(changes)})"
+        before = manifest.settings
+        if all(before.get(key) == settings[key] for key in SOURCE_FIELDS):
+            changes = [
+                f"{key} was {before.get(key)}, is {value}"
+                for key, value in settings.items()
+                if before.get(key) != value
+            ]
+            return f" ({', '.join(changes[:NUM_NAMED])})"
     return ""
 
 

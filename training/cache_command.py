@@ -17,6 +17,7 @@ from ..flux2_core.variants import VARIANTS, Variant, get_variant
 from ..flux2_core.weights import WeightsComponent, find_weights
 from .cache_manifest import prune_cache
 from .dataset import list_dataset, load_dataset_config
+from .dataset_config import FOLDER_SIDE
 from .encode import CacheOptions, CacheReport, cache_latents, cache_text
 from .processes import Processes, join_processes
 
@@ -37,7 +38,8 @@ def run_cache(args: argparse.Namespace) -> int:
     variant = find_variant(args)
     autoencoder = _find(args, variant, "autoencoder", args.vae) if makes_latents else None
     text_encoder = _find(args, variant, "text_encoder", args.text_encoder) if makes_text else None
-    dataset = list_dataset(load_dataset_config(args.dataset_config))
+    side = FOLDER_SIDE if variant is None else variant.default_size
+    dataset = list_dataset(load_dataset_config(args.dataset_config, side=side))
     processes = join_processes(choose_device(args.device))
     bar = ProgressBar(is_shown=processes.is_main)
     options = CacheOptions(

@@ -286,7 +286,7 @@ def group_subsets(dataset: Dataset, what: What) -> Iterator[tuple[SubsetConfig, 
 
 def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
     """Regular files of a folder, by name; none where it does not exist. No pattern is made of the folder's name."""
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         yield from sorted((entry for entry in entries if entry.is_file(follow_symlinks=False)), key=lambda e: e.name)
 
 

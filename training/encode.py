@@ -6,32 +6,24 @@ where it was, and any number of processes may work on one folder.
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import logging
-import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..flux2_core.autoencoder import PIXELS_PER_LATENT, Flux2Autoencoder
-from ..flux2_core.checkpoint import load_autoencoder
-from ..flux2_core.command_errors import is_out_of_memory
 from ..flux2_core.files import write_safetensors
-from ..flux2_core.images import MAX_FILE_PIXELS, image_to_tensor, load_image
 from ..flux2_core.sampling import Stopped
-from ..flux2_core.text_encoder import load_text_encoder
 from ..flux2_core.variants import TextEncoderConfig
+from .cache_encoders import CaptionEncoder, PictureEncoder, prepare_picture
 from .cache_manifest import (
     Manifest,
     PictureHash,
@@ -59,21 +51,15 @@ from .cache_plan import (
     subset_of,
 )
 from .dataset import Dataset
-from .fingerprint import AutoencoderIdentity, TextEncoderIdentity, identify_autoencoder, identify_text_encoder
+from .fingerprint import identify_autoencoder, identify_text_encoder
 
 logger = logging.getLogger(__name__)
 
 MAX_WORKERS = 8
 """Threads that read pictures where nothing else is asked for: as many as the CPU has, up to this."""
-MAX_BATCH = 16
-"""Pictures in a batch on a GPU where nothing else is asked for; more are no faster."""
-USED_MEMORY = 0.8
-"""Share of the GPU's free memory that a batch may take."""
-LIVE_ACTIVATIONS = 8
-"""Tensors of the first level's size that the autoencoder's encoder has in memory at a time, at most."""
-
 FileT = TypeVar("FileT", bound=CacheFile)
-RowT = TypeVar("RowT")
+InputT = TypeVar("InputT")
+InputT_contra = TypeVar("InputT_contra", contravariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,33 +142,26 @@ def cache_latents(
     hashes = _hash_sources(dataset, options)
     digests = {path: picture.sha256 for path, picture in hashes.items()}
     wanted: list[tuple[Path, PictureFile]] = []
-    manifests = []
+    manifests: dict[Path, Manifest] = {}
     for subset, items in group_subsets(dataset, "latents"):
         folder, listed = cache_folder(subset), []
         for item in items:
             files = plan_pictures(item, subset_of(dataset, item), identity, digests).all
             listed.append((portable(item.image, folder), tuple(file.name for file in files)))
             wanted += [(folder, file) for file in files]
-        path = manifest_path(subset, "latents", identity)
-        pictures = {portable(path, folder): hashes[path] for item in items for path in sources(item)}
-        settings = manifest_settings(subset, "latents")
-        manifest = Manifest(what="latents", encoder=identity, settings=settings, items=tuple(listed), pictures=pictures)
-        manifests.append((path, manifest))
+        manifests[manifest_path(subset, "latents", identity)] = Manifest(
+            what="latents",
+            encoder=identity,
+            settings=manifest_settings(subset, "latents"),
+            items=tuple(listed),
+            pictures={portable(path, folder): hashes[path] for item in items for path in sources(item)},
+        )
     _write_manifests(manifests, options)
     if options.barrier is not None and not options.process_index:
         options.barrier()
-    work = _share_work(wanted, options)
-    missing = _missing(work, options)
-    encoder = _LatentsEncoder(Path(autoencoder_path), identity, options)
-    num_encoded = _encode_pictures(missing, encoder, options)
-    if options.barrier is not None:
-        options.barrier()
-    return CacheReport(
-        what="latents",
-        num_encoded=num_encoded,
-        num_kept=len(work) - num_encoded,
-        manifests=tuple(path for path, _ in manifests),
-    )
+    encoder = PictureEncoder(autoencoder_path, identity, device=options.device, batch_size=options.batch_size)
+    num_encoded, num_kept = _fill(wanted, prepare_picture, encoder, options, "pictures")
+    return CacheReport(what="latents", num_encoded=num_encoded, num_kept=num_kept, manifests=tuple(manifests))
 
 
 def cache_text(
@@ -210,30 +189,39 @@ def cache_text(
     options = options or CacheOptions()
     identity = identify_text_encoder(text_encoder_path, config, tokenizer=tokenizer, dtype=dtype)
     wanted: list[tuple[Path, TextFile]] = []
-    manifests = []
+    manifests: dict[Path, Manifest] = {}
     for subset, items in group_subsets(dataset, "text"):
-        folder = cache_folder(subset)
-        texts = [("", ("",)), *((portable(item.image, folder), item.captions) for item in items)]
-        listed = []
-        for picture, captions in texts:
+        folder, listed = cache_folder(subset), []
+        for picture, captions in [("", ("",)), *((portable(item.image, folder), item.captions) for item in items)]:
             files = [plan_text(caption, identity) for caption in captions]
             listed.append((picture, tuple(file.name for file in files)))
             wanted += [(folder, file) for file in files]
-        settings = manifest_settings(subset, "text")
-        manifest = Manifest(what="text", encoder=identity, settings=settings, items=tuple(listed))
-        manifests.append((manifest_path(subset, "text", identity), manifest))
+        manifests[manifest_path(subset, "text", identity)] = Manifest(
+            what="text", encoder=identity, settings=manifest_settings(subset, "text"), items=tuple(listed)
+        )
     _write_manifests(manifests, options)
-    work = _share_work(wanted, options)
-    missing = _missing(work, options)
-    num_encoded, num_cut = _encode_texts(missing, Path(text_encoder_path), config, identity, tokenizer, options)
-    if options.barrier is not None:
-        options.barrier()
+    encoder = CaptionEncoder(
+        text_encoder_path,
+        config,
+        identity,
+        device=options.device,
+        batch_size=options.batch_size,
+        tokenizer=tokenizer,
+    )
+    num_encoded, num_kept = _fill(wanted, lambda file: file.caption, encoder, options, "captions")
+    if encoder.cut:
+        logger.warning(
+            "%d captions are longer than the %d tokens that the model takes; their ends were cut: %r ...",
+            len(encoder.cut),
+            config.max_tokens,
+            encoder.cut[0][:80],
+        )
     return CacheReport(
         what="text",
         num_encoded=num_encoded,
-        num_kept=len(work) - num_encoded,
-        manifests=tuple(path for path, _ in manifests),
-        num_cut=num_cut,
+        num_kept=num_kept,
+        manifests=tuple(manifests),
+        num_cut=len(encoder.cut),
     )
 
 
@@ -259,17 +247,30 @@ def _hash_sources(dataset: Dataset, options: CacheOptions) -> dict[Path, Picture
     )
 
 
-def _write_manifests(manifests: Iterable[tuple[Path, Manifest]], options: CacheOptions) -> None:
+def _write_manifests(manifests: Mapping[Path, Manifest], options: CacheOptions) -> None:
     if options.process_index:
         return
-    for path, manifest in manifests:
+    for path, manifest in manifests.items():
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_manifest(path, manifest)
 
 
-def _share_work(wanted: Iterable[tuple[Path, FileT]], options: CacheOptions) -> list[_Work[FileT]]:
-    """Every file once, those of this process.
+class _Encoder(Protocol[InputT_contra]):
+    """`cache_encoders.PictureEncoder` and `CaptionEncoder`."""
+
+    def batch_size(self, _input: InputT_contra, /) -> int: ...
+    def encode(self, _inputs: Sequence[InputT_contra], /) -> list[Tensor]: ...
+
+
+def _fill(
+    wanted: Iterable[tuple[Path, FileT]],
+    prepare: Callable[[FileT], InputT],
+    encoder: _Encoder[InputT],
+    options: CacheOptions,
+    what: str,
+) -> tuple[int, int]:
+    """Does this process's share of the work, each file once; returns how many files were made and how many kept.
 
     All files are dealt out, not only the missing ones: what is missing may look different to each process.
     """
@@ -279,16 +280,17 @@ def _share_work(wanted: Iterable[tuple[Path, FileT]], options: CacheOptions) -> 
         files.setdefault(file.name, file)
         folders.setdefault(file.name, {})[folder] = None
     work = [_Work(file=files[name], folders=tuple(folders[name])) for name in sorted(files)]
-    return work[options.process_index :: options.num_processes]
-
-
-def _missing(work: list[_Work[FileT]], options: CacheOptions) -> list[_Work[FileT]]:
-    """What has to be encoded, files of one shape together."""
+    work = work[options.process_index :: options.num_processes]
+    missing = work
     if options.skip_existing:
         with ThreadPoolExecutor(options.threads) as pool:
-            done = list(pool.map(_Work.is_done, work))
-        work = [one for one, is_done in zip(work, done, strict=True) if not is_done]
-    return sorted(work, key=lambda one: one.file.shape, reverse=True)  # the largest first: memory is told at the start
+            missing = [one for one, is_done in zip(work, pool.map(_Work.is_done, work), strict=True) if not is_done]
+    # Files of one shape together, the largest first: memory that is too small is found at the start.
+    missing = sorted(missing, key=lambda one: one.file.shape, reverse=True)
+    num_encoded = _encode(missing, prepare, encoder, options, what)
+    if options.barrier is not None:
+        options.barrier()
+    return num_encoded, len(work) - num_encoded
 
 
 def _write(work: _Work[FileT], tensor: Tensor) -> None:
@@ -303,7 +305,7 @@ def _write(work: _Work[FileT], tensor: Tensor) -> None:
             write_safetensors(folder / file.name, {file.kind: tensor.to(file.dtype)}, {KEY_ENTRY: file.key})
 
 
-@contextmanager
+@contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
@@ -315,56 +317,67 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-# Pictures
+def _encode(
+    missing: Sequence[_Work[FileT]],
+    prepare: Callable[[FileT], InputT],
+    encoder: _Encoder[InputT],
+    options: CacheOptions,
+    what: str,
+) -> int:
+    """Writes what is missing, in batches of one shape; returns how many files were made.
 
-
-def _encode_pictures(missing: list[_Work[PictureFile]], encoder: _LatentsEncoder, options: CacheOptions) -> int:
-    """Writes masks as they come and latents in batches of one size; returns how many files were made."""
+    Raises:
+        Stopped: `options.should_stop` answered True.
+    """
     num_done = num_encoded = 0
-    batch: list[tuple[_Work[PictureFile], Tensor]] = []
+    batch: list[tuple[_Work[FileT], InputT]] = []
 
     def flush() -> None:
         nonlocal num_done, num_encoded
         if options.should_stop is not None and options.should_stop():
-            raise Stopped(f"stopped after {num_done} of {len(missing)} pictures; the rest is encoded next time")
-        is_mask = batch[0][0].file.kind == "mask"
-        tensors = [tensor for _, tensor in batch]
-        for (work, _), tensor in zip(batch, tensors if is_mask else encoder.encode(tensors), strict=True):
+            raise Stopped(f"stopped after {num_done} of {len(missing)} {what}; the rest is encoded next time")
+        tensors = encoder.encode([prepared for _, prepared in batch])
+        for (work, _), tensor in zip(batch, tensors, strict=True):
             _write(work, tensor)
         num_encoded += len(batch)
         num_done += len(batch)
         batch.clear()
         if options.on_progress is not None:
-            options.on_progress("pictures encoded", num_done, len(missing))
+            options.on_progress(f"{what} encoded", num_done, len(missing))
 
-    for work, tensor in _read_ahead(missing, options):
-        if tensor is None:
-            num_done += 1  # another process has done it meanwhile
-            continue
-        if batch and batch[0][1].shape != tensor.shape:
-            flush()
-        batch.append((work, tensor))
-        if work.file.kind == "mask" or len(batch) >= encoder.batch_size(tensor):
-            flush()
+    with contextlib.closing(_read_ahead(missing, prepare, options)) as prepared_work:
+        for work, prepared in prepared_work:
+            if prepared is None:
+                num_done += 1
+                continue
+            first = batch[0][0].file if batch else work.file
+            if (first.kind, first.shape) != (work.file.kind, work.file.shape):
+                flush()
+            batch.append((work, prepared))
+            if len(batch) >= encoder.batch_size(prepared):
+                flush()
     if batch:
         flush()
     return num_encoded
 
 
 def _read_ahead(
-    missing: list[_Work[PictureFile]], options: CacheOptions
-) -> Iterator[tuple[_Work[PictureFile], Tensor | None]]:
-    """Pictures in their order, read in threads while earlier ones are encoded; None: is there by now."""
+    missing: Sequence[_Work[FileT]], prepare: Callable[[FileT], InputT], options: CacheOptions
+) -> Generator[tuple[_Work[FileT], InputT | None], None, None]:
+    """The encoder's inputs in their order, prepared in threads while earlier ones are encoded.
 
-    def read(work: _Work[PictureFile]) -> Tensor | None:
-        return None if options.skip_existing and work.is_done() else prepare_picture(work.file)
+    None stands for what another process has done meanwhile.
+    """
+
+    def prepare_unless_done(work: _Work[FileT]) -> InputT | None:
+        return None if options.skip_existing and work.is_done() else prepare(work.file)
 
     pool = ThreadPoolExecutor(options.threads)
     try:
-        pending: deque[tuple[_Work[PictureFile], Future[Tensor | None]]] = deque()
+        pending: deque[tuple[_Work[FileT], Future[InputT | None]]] = deque()
         for work in missing:
-            pending.append((work, pool.submit(read, work)))
-            if len(pending) > 2 * options.threads:
+            pending.append((work, pool.submit(prepare_unless_done, work)))
+            if len(pending) > options.threads:
                 first, future = pending.popleft()
                 yield first, future.result()
         while pending:
@@ -372,166 +385,3 @@ def _read_ahead(
             yield first, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def prepare_picture(file: PictureFile) -> Tensor:
-    """A picture fitted for the autoencoder, ``[1, 3, H, W]`` in -1..1, or a mask's weights ``[h, w]``, fp32.
-
-    Raises:
-        ValueError: it cannot be read, or changed since the dataset was listed.
-    """
-    image = _load_mask(file.source) if file.kind == "mask" else load_image(file.source)
-    try:
-        fitted = file.fit(image)
-    except ValueError as error:
-        raise ValueError(f"{file.source}: {error}") from error
-    if file.mirrored:
-        fitted = fitted.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    height, width = (side * PIXELS_PER_LATENT for side in file.shape[-2:])
-    if fitted.size != (width, height):
-        raise ValueError(f"{file.source} changed while the dataset was cached; run the command again")
-    if file.kind != "mask":
-        return image_to_tensor(fitted)
-    grey = image_to_tensor(fitted)[:, :1] / 2 + 0.5
-    return F.avg_pool2d(grey, PIXELS_PER_LATENT)[0, 0]
-
-
-def _load_mask(path: Path) -> Image.Image:
-    """A mask as its file has it: transparency means something else than in a picture."""
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_FILE_PIXELS:
-                raise ValueError(f"{path} claims {image.width}x{image.height} px; at most {MAX_FILE_PIXELS} are read")
-            image.load()
-            return image.copy()
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a mask ({error}); give a whole PNG, JPEG or WebP file") from error
-
-
-class _LatentsEncoder:
-    """An autoencoder that is loaded when first used, and finds out how much it can take at a time."""
-
-    def __init__(self, path: Path, identity: AutoencoderIdentity, options: CacheOptions) -> None:
-        self.path = path
-        self.identity = identity
-        self.device = torch.device(options.device)
-        self.wanted_batch = options.batch_size
-        self.max_pixels = math.inf
-        """Of a batch."""
-        self.tile_from = math.inf
-        """Pixels of a picture from which it is encoded in tiles."""
-        self._autoencoder: Flux2Autoencoder | None = None
-
-    @property
-    def autoencoder(self) -> Flux2Autoencoder:
-        if self._autoencoder is None:
-            self._autoencoder = load_autoencoder(self.path, dtype=self.identity.torch_dtype, device=self.device)
-            if self.wanted_batch is None and self.device.type == "cuda":
-                width = self._autoencoder.config.encoder_widths[0]
-                bytes_per_pixel = LIVE_ACTIVATIONS * width * self.identity.torch_dtype.itemsize
-                self.max_pixels = USED_MEMORY * torch.cuda.mem_get_info(self.device)[0] / bytes_per_pixel
-        return self._autoencoder
-
-    def batch_size(self, picture: Tensor) -> int:
-        """How many pictures of this size are encoded at a time."""
-        limit = self.wanted_batch or (MAX_BATCH if self.device.type == "cuda" else 1)
-        if self.device.type == "cuda":
-            assert self.autoencoder is not None
-        pixels = picture.shape[-2] * picture.shape[-1]
-        return max(1, int(min(self.max_pixels / pixels, limit)))
-
-    def encode(self, pictures: Sequence[Tensor]) -> list[Tensor]:
-        """Latents ``[128, h, w]`` of pictures of one size, on the CPU."""
-        latents: list[Tensor] = []
-        while len(latents) < len(pictures):
-            count = self.batch_size(pictures[0])
-            chunk = torch.cat(list(pictures[len(latents) : len(latents) + count]))
-            pixels = chunk.shape[-2] * chunk.shape[-1]
-            result = _unless_out_of_memory(lambda chunk=chunk: self._encode(chunk))
-            if result is not None:
-                latents += list(result)
-            elif len(chunk) > 1:
-                self.max_pixels = pixels * (len(chunk) // 2)
-            elif pixels < self.tile_from:
-                self.tile_from = pixels
-            else:
-                raise ValueError(
-                    f"a picture of {chunk.shape[-1]}x{chunk.shape[-2]} px does not fit into memory, in tiles neither; "
-                    "take --vae_dtype bf16 or --device cpu, or a smaller resolution"
-                )
-        return latents
-
-    def _encode(self, chunk: Tensor) -> Tensor:
-        tiled = chunk.shape[-2] * chunk.shape[-1] >= self.tile_from
-        with torch.inference_mode():
-            images = chunk.to(self.device)
-            return (self.autoencoder.encode_tiled(images) if tiled else self.autoencoder.encode(images)).cpu()
-
-
-def _unless_out_of_memory(compute: Callable[[], Tensor]) -> Tensor | None:
-    """What `compute` gives, or None where memory was too small for it; memory is freed then."""
-    try:
-        return compute()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-    # Outside of the handler: the error's traceback kept the tensors alive.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None
-
-
-# Captions
-
-
-def _encode_texts(
-    missing: list[_Work[TextFile]],
-    path: Path,
-    config: TextEncoderConfig,
-    identity: TextEncoderIdentity,
-    tokenizer: str | Path | None,
-    options: CacheOptions,
-) -> tuple[int, int]:
-    """Returns how many files were made, and how many captions lost tokens."""
-    if not missing:
-        return 0, 0
-    encoder = load_text_encoder(path, config, tokenizer=tokenizer, dtype=identity.torch_dtype, device=options.device)
-    num_done = num_encoded = 0
-    cut: list[str] = []
-    count = options.batch_size or 1
-    while num_done < len(missing):
-        if options.should_stop is not None and options.should_stop():
-            raise Stopped(f"stopped after {num_done} of {len(missing)} captions; the rest is encoded next time")
-        taken = missing[num_done : num_done + count]
-        batch = [work for work in taken if not (options.skip_existing and work.is_done())]
-        if batch:
-            encoding = None
-
-            def encode(batch: list[_Work[TextFile]] = batch) -> Tensor:
-                nonlocal encoding
-                encoding = encoder.encode([work.file.caption for work in batch])
-                return encoding.embeddings.cpu()
-
-            embeddings = _unless_out_of_memory(encode)
-            if embeddings is None and count == 1:
-                raise ValueError("one caption does not fit into memory; take --text_encoder_dtype bf16 or --device cpu")
-            if embeddings is None:
-                count = max(1, len(batch) // 2)
-                continue
-            assert encoding is not None
-            for work, embedding, num_cut in zip(batch, embeddings, encoding.num_cut, strict=True):
-                _write(work, embedding)
-                cut += [work.file.caption] if num_cut else []
-        num_encoded += len(batch)
-        num_done += len(taken)
-        if options.on_progress is not None:
-            options.on_progress("captions encoded", num_done, len(missing))
-    if cut:
-        logger.warning(
-            "%d captions are longer than the %d tokens that the model takes; their ends were cut: %r ...",
-            len(cut),
-            config.max_tokens,
-            cut[0][:80],
-        )
-    return num_encoded, len(cut)
