@@ -38,17 +38,38 @@ examples:
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers wrong usage with one line; `lazy_epilog` is only asked for when help is shown."""
+    """Answers wrong usage with one line.
 
-    def __init__(self, *args: Any, lazy_epilog: Callable[[], str] | None = None, **kwargs: Any) -> None:
+    `lazy_epilog` is only asked for when help is shown, and `lazy_options` is given the parser when its own options are
+    read or shown: what they are taken from may take time to import.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        lazy_epilog: Callable[[], str] | None = None,
+        lazy_options: Callable[[Parser], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.lazy_epilog = lazy_epilog
+        self.lazy_options = lazy_options
 
     def format_help(self) -> str:
+        self._add_lazy_options()
         if self.lazy_epilog is not None:
             self.epilog = self.lazy_epilog()
         return super().format_help()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._add_lazy_options()
+        return super().parse_known_args(args, namespace)
+
+    def _add_lazy_options(self) -> None:
+        add, self.lazy_options = self.lazy_options, None
+        if add is not None:
+            add(self)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"flux2: error: {message}; see `{self.prog} --help`\n")

@@ -80,11 +80,17 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
 def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Saves tensors and string metadata as one safetensors file, atomically."""
-    from safetensors.torch import save_file
+    """Saves tensors and string metadata as one safetensors file, atomically.
 
-    contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    return write_atomically(path, lambda temporary: save_file(contiguous, temporary, dict(metadata or {})))
+    Equal content gives equal bytes; safetensors' own writer puts the metadata in another order each time.
+    """
+    from .tensor_source import TORCH_DTYPES
+
+    words = {dtype: word for word, dtype in TORCH_DTYPES.items()}
+    # Wide types first, as safetensors does it: then every tensor begins at a multiple of its item size.
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+    layout = {name: (words[tensor.dtype], tuple(tensor.shape), tensor.nbytes) for name, tensor in ordered.items()}
+    return stream_safetensors(path, layout, ordered.items(), dict(sorted((metadata or {}).items())))
 
 
 def stream_safetensors(

@@ -26,6 +26,7 @@ def add_commands(commands: argparse._SubParsersAction[Any], common: core_cli.Par
     """Adds what this package can do to the commands of the core."""
     _add_dataset(commands, common)
     _add_cache(commands, common)
+    _add_train(commands, common)
 
 
 def _add_dataset(commands: argparse._SubParsersAction[Any], common: core_cli.Parser) -> None:
@@ -79,6 +80,30 @@ def _add_cache(commands: argparse._SubParsersAction[Any], common: core_cli.Parse
         parser.add_argument("--prune", action="store_true", help="delete cached files that no dataset names any more")
         parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0; default: cuda where there is one")
         parser.set_defaults(run=_run_cache, what=name)
+
+
+def _add_train(commands: argparse._SubParsersAction[Any], common: core_cli.Parser) -> None:
+    parser = commands.add_parser(
+        "train", parents=[common], help="train a LoRA on a cached dataset", lazy_options=_add_train_options
+    )
+    parser.description = (
+        "Trains a LoRA on a dataset that `flux2 cache` has encoded. Options may also stand in a TOML, --config_file;\n"
+        "those of the command line win. Ctrl-C stops after the step, and --resume goes on from there.\n"
+        "On several GPUs: `accelerate launch -m flux2_kit.training train ...`."
+    )
+    parser.set_defaults(run=_run_train, parser=parser)
+
+
+def _add_train_options(parser: core_cli.Parser) -> None:
+    from .train_options import add_train_options
+
+    add_train_options(parser)
+
+
+def _run_train(args: argparse.Namespace) -> int:
+    from .train_command import run_train
+
+    return run_train(args)
 
 
 def _run_dataset(args: argparse.Namespace) -> int:

@@ -15,7 +15,6 @@ from ..flux2_core.files import read_limited
 from ..flux2_core.images import load_image
 from ..flux2_core.picture_metadata import GenerationRecord, kit_version
 from ..flux2_core.pipeline import (
-    ModelFiles,
     SamplingConfig,
     check_num_references,
     decode_latents,
@@ -26,6 +25,7 @@ from ..flux2_core.pipeline import (
 from ..flux2_core.prompt_lines import PromptLine, parse_prompt_line, prompt_lines
 from ..flux2_core.text_encoder import TextEncoder
 from ..flux2_core.variants import Variant
+from .train_files import TrainFiles
 
 MAX_PROMPT_FILE_BYTES = 2**20
 
@@ -146,11 +146,12 @@ def make_sample(
 
 
 def sample_record(
-    sample: PreparedSample, files: ModelFiles, loras: Iterable[tuple[str, float]] = ()
+    sample: PreparedSample, files: TrainFiles, loras: Iterable[tuple[str, float]] = ()
 ) -> GenerationRecord:
     """What the PNG file of a sample says about how it was made."""
     sampling = sample.sampling
     assert sampling.width and sampling.height and sampling.num_steps and sampling.cfg_scale is not None
+    assert files.autoencoder is not None and files.text_encoder is not None, "sample pictures were made with them"
     return GenerationRecord(
         prompt=sample.line.prompt,
         negative_prompt=(sample.line.negative_prompt or "") if sampling.cfg_scale != 1 else None,

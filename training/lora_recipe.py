@@ -1,0 +1,597 @@
+"""LoRA training of FLUX.2, from top to bottom.
+
+The base is frozen and runs in its own precision; fp32 adapters beside its Linears learn the velocity ``noise - x0`` of
+noisy latents (`flow_matching`), at noise levels drawn per sample (`timesteps`). What a step draws follows from the seed
+and the step alone (`batches`), so a run goes on from a saved state bit by bit.
+
+A step is the mean over all its samples, however they are spread over accumulated batches and processes. Samples of a
+batch whose references differ in number or size run one shape after the other: nothing is padded.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..flux2_core.checkpoint import load_autoencoder, load_dit
+from ..flux2_core.command_errors import is_out_of_memory
+from ..flux2_core.lora import LoraSetting, apply_loras, remove_loras
+from ..flux2_core.lora_factors import Lora
+from ..flux2_core.lora_files import read_lora
+from ..flux2_core.lora_writer import write_lora
+from ..flux2_core.picture_metadata import write_png
+from ..flux2_core.sampling import Stopped
+from ..flux2_core.text_encoder import load_text_encoder
+from .adapters import TrainableAdapters, config_from_lora
+from .batches import Schedule
+from .cache import CachedDataset, Sample
+from .config import TrainConfig
+from .flow_matching import velocity_losses
+from .loader import Group, StepLoader, by_shape, largest_batch, trainee
+from .lora_metadata import lora_metadata
+from .metrics import MetricsWriter, RunningAverage, open_trackers
+from .optimizers import Ema, effective_rate, evaluation_weights, learning_rate_factor, make_optimizer, set_training
+from .plots import draw_curves
+from .processes import Processes
+from .samples import make_sample, prepare_samples, read_sample_prompts, sample_record
+from .timesteps import loss_weights, noise_generator, schedule_steps, sigmas_from_uniform, uniform_numbers
+from .train_files import TrainFiles
+from .train_resume import check_resume, describe_run
+from .train_state import load_tree, restore_train_state, save_train_state
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+STATE_FILE = "state.safetensors"
+VALIDATIONS_IN_A_RUN = 10
+SPARE_BYTES = 64 * 2**20
+"""Left free on the disk beside what training is going to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStep:
+    """What a step callback is told."""
+
+    step: int
+    """Steps done, from 1."""
+    num_steps: int
+    epoch: int
+    """From 1."""
+    loss: float
+    """Not finite where the step was skipped."""
+    average_loss: float
+    learning_rate: float
+    seconds_per_step: float
+    seconds_left: float
+
+
+@dataclass(kw_only=True)
+class TrainResult:
+    """What a run leaves behind."""
+
+    lora_path: Path | None = None
+    """The last LoRA that was written."""
+    state_path: Path | None = None
+    """Folder to go on from."""
+    num_steps: int = 0
+    """Steps done in all."""
+    stopped: bool = False
+    """Whether it was stopped before its end."""
+    samples: list[Path] = field(default_factory=list)
+    """Sample pictures, oldest first."""
+    metrics_path: Path | None = None
+    curves_path: Path | None = None
+    validation_losses: dict[int, float] = field(default_factory=dict)
+    """By steps done."""
+    num_bad_steps: int = 0
+    """Steps that were skipped since their loss was not finite."""
+
+
+StepCallback = Callable[[TrainStep], None]
+SampleCallback = Callable[[int, Image.Image], None]
+"""Told the steps done and a finished sample picture."""
+
+
+def train_lora(
+    config: TrainConfig,
+    dataset: CachedDataset,
+    files: TrainFiles,
+    *,
+    processes: Processes | None = None,
+    resume: Path | None = None,
+    allow_dotted: bool = False,
+    on_step: StepCallback | None = None,
+    on_sample: SampleCallback | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> TrainResult:
+    """Trains a LoRA and writes it.
+
+    Args:
+        config: everything about the run.
+        dataset: from `cache.open_cache`.
+        files: the base, and for sample pictures the other networks.
+        processes: from `processes.join_processes`; None: this one, on the CPU.
+        resume: folder of a state to go on from.
+        allow_dotted: whether the optimiser may be any installed class, see `optimizers.find_optimizer`.
+        on_step: told after every step.
+        on_sample: told every sample picture.
+        should_stop: asked before every step and sampling step; True ends the run, and its state is kept. An exception
+            out of it does so as well, and goes on to the caller.
+
+    Raises:
+        ValueError: settings that contradict each other, the dataset or the state; too little disk or memory; a loss
+            that stays not finite. The state is written where steps would be lost.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        run = LoraRun(config, dataset, files, processes or Processes(), resume, allow_dotted)
+        run.on_step, run.on_sample, run.should_stop = on_step, on_sample, should_stop
+        return run.train()
+
+
+class LoraRun:
+    """Everything a run has in memory."""
+
+    on_step: StepCallback | None = None
+    on_sample: SampleCallback | None = None
+    should_stop: Callable[[], bool] | None = None
+    is_whole = True
+    """Whether the weights are those after `steps_done` steps: not while the optimiser changes them."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: CachedDataset,
+        files: TrainFiles,
+        processes: Processes,
+        resume: Path | None,
+        allow_dotted: bool,
+    ) -> None:
+        self.config, self.dataset, self.files, self.processes = config, dataset, files, processes
+        self.variant, self.device = files.variant, processes.device
+        self.folder, self.name = config.output.output_dir, config.output.output_name
+
+        # 1. What is trained on, and in which order.
+        if not dataset.items:
+            raise ValueError("there are no pictures to train on; check the dataset with `flux2 dataset`")
+        if self.variant.distilled:
+            logger.warning(
+                "%s is distilled: a LoRA trained on it slowly undoes that. Train on %s and use the LoRA with both",
+                self.variant.name,
+                self.variant.name.replace("klein-", "klein-base-").removesuffix("-kv"),
+            )
+        self.order = Schedule(
+            trainees=[trainee(item, dataset) for item in dataset.items],
+            seed=config.seed,
+            num_processes=processes.count,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+        )
+        self.steps_per_epoch = self.order.num_steps_per_epoch
+        epochs = config.max_train_epochs
+        self.num_steps = config.max_train_steps if epochs is None else epochs * self.steps_per_epoch
+        self.description = describe_run(config, dataset, files, processes.count)
+        state = None
+        if resume is not None:
+            state = load_tree(resume / STATE_FILE)
+            check_resume(state, self.description, self.num_steps, resume)
+
+        # 2. Sample prompts become embeddings and reference latents; the text encoder is freed again.
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.autoencoder = None
+        self.samples = []
+        if config.monitor.sample_prompts is not None:
+            assert files.autoencoder is not None and files.text_encoder is not None, "found for sample pictures"
+            lines = read_sample_prompts(config.monitor.sample_prompts)
+            self.autoencoder = load_autoencoder(files.autoencoder, device=self.device)
+            load = partial(
+                load_text_encoder,
+                files.text_encoder,
+                self.variant.text_encoder,
+                tokenizer=files.tokenizer,
+                device=self.device,
+            )
+            self.samples = prepare_samples(lines, self.variant, config.seed, load, self.autoencoder)
+
+        # 3. The base, frozen, and fp32 adapters beside its Linears.
+        dtype = DTYPES[config.mixed_precision] if config.mixed_precision is not None else None
+        self.dit, _ = load_dit(files.dit, self.variant.name, dtype=dtype, device=self.device)
+        self.dit.requires_grad_(False)
+        self.dit.checkpointing = self._checkpointing()
+        start = read_lora(config.network_weights, self.variant.dit) if config.network_weights is not None else None
+        adapter_config = config_from_lora(start) if start is not None and config.dim_from_weights else config.adapter
+        generator = torch.Generator().manual_seed(config.seed)
+        self.adapters = TrainableAdapters(self.dit, adapter_config, generator=generator)
+        if start is not None:
+            self.adapters.load_lora(start)
+        self.adapters.to(self.device)
+        self.adapters.attach()
+        self.parameters = list(self.adapters.parameters())
+
+        # 4. Optimiser, moving average, and what a run has counted so far.
+        groups = self.adapters.parameter_groups(config.optimizer.rate, config.loraplus_lr_ratio)
+        self.optimizer = make_optimizer(groups, config.optimizer, allow_dotted=allow_dotted)
+        set_training(self.optimizer, True)
+        self.ema = Ema(self.parameters, config.ema_decay) if config.ema_decay is not None else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dit.dtype == torch.float16)
+        self.first_step = self.steps_done = 0
+        self.result = TrainResult()
+        self.average_loss = RunningAverage()
+        self.num_bad_in_a_row = 0
+        self.saved: list[tuple[str, int, str]] = []
+        if state is not None:
+            self._restore(state, resume / STATE_FILE if resume else Path())
+        self._check_disk()
+
+    def train(self) -> TrainResult:
+        """Takes the steps that are left, and writes what they made."""
+        config = self.config
+        if config.preflight and self.first_step < self.num_steps:
+            self._try_largest_batch()
+        self.metrics = self._open_metrics() if self._is_main else None
+        try:
+            if self.first_step == 0:
+                self._validate(0)
+                if config.monitor.sample_at_first:
+                    self._sample(0)
+            started = time.monotonic()
+            with StepLoader(self.dataset, self.order, self.processes, self.first_step, self.num_steps) as loader:
+                for step, num_samples, batches in loader:
+                    if self._must_stop():
+                        return self._finish(stopped=True)
+                    loss, norm = self._take_step(step, num_samples, batches)
+                    self.steps_done = step + 1
+                    self._report(loss, norm, (time.monotonic() - started) / (step + 1 - self.first_step))
+                    self._after_step()
+        except Stopped:
+            return self._finish(stopped=True)
+        except BaseException:
+            if self.is_whole and self.steps_done > self.first_step:
+                self._save_state()  # whatever happened, the steps so far are not lost
+            raise
+        return self._finish(stopped=False)
+
+    def _take_step(self, step: int, num_samples: int, batches: Sequence[Group]) -> tuple[float, float]:
+        """One step of the optimiser over `num_samples` of all processes; returns loss and gradient norm.
+
+        A step that is not finite changes nothing.
+        """
+        factor = learning_rate_factor(step, self.num_steps, self.config.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        total = torch.zeros((), device=self.device)
+        with self._random_state(step):
+            for batch in batches:
+                for group in by_shape(batch):
+                    loss = self._losses(group).sum() / num_samples
+                    self.scaler.scale(loss).backward()
+                    total += loss.detach()
+        total = self._add_up(total)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm or math.inf)
+        is_finite = bool(torch.isfinite(total) & torch.isfinite(norm))
+        self.is_whole = False
+        if is_finite or self.scaler.is_enabled():  # the scaler skips what overflows, and lowers its scale
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if is_finite and self.ema is not None:
+            self.ema.update(self.parameters)
+        self.is_whole = True
+        self.optimizer.zero_grad(set_to_none=True)
+        return (total.item() if is_finite else math.nan), norm.item()
+
+    def _losses(self, group: Group) -> Tensor:
+        """Weighted losses ``[B]`` of samples of one shape."""
+        draws, samples = [draw for draw, _ in group], [sample for _, sample in group]
+        latents = torch.stack([sample.latents for sample in samples])
+        noise = torch.stack([self._noise(draw.index, sample.latents) for draw, sample in group])
+        uniform = uniform_numbers(
+            [draw.index for draw in draws],
+            seed=self.config.seed,
+            num_strata=self.config.timesteps.num_timestep_buckets,
+        )
+        sigma = self._sigmas(uniform, latents)
+        losses = self._velocity_losses(samples, latents, noise, sigma)
+        return losses * loss_weights(sigma, self.config.timesteps).to(losses)
+
+    def _velocity_losses(self, samples: Sequence[Sample], latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        move = partial(Tensor.to, device=self.device, non_blocking=True)
+        masks = [torch.ones(latents.shape[-2:]) if sample.mask is None else sample.mask for sample in samples]
+        has_mask = any(sample.mask is not None for sample in samples)
+        return velocity_losses(
+            self.dit,
+            move(latents),
+            move(torch.stack([sample.text for sample in samples])),
+            move(noise),
+            move(sigma),
+            references=[move(torch.stack(same)) for same in zip(*(s.references for s in samples), strict=True)],
+            mask=move(torch.stack(masks)) if has_mask else None,
+        )
+
+    def _noise(self, draw_index: int, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=noise_generator(self.config.seed, draw_index, 0))
+
+    def _sigmas(self, uniform: Tensor, latents: Tensor) -> Tensor:
+        num_tokens = latents.shape[-2] * latents.shape[-1]
+        return sigmas_from_uniform(uniform, num_tokens, self.config.timesteps, schedule_steps(self.variant))
+
+    def _add_up(self, total: Tensor) -> Tensor:
+        """Sums gradients and loss over all processes, in one message."""
+        if self.processes.count == 1:
+            return total
+        for parameter in self.parameters:
+            if parameter.grad is None:  # this process had no sample in this step
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        flat = torch.cat([total[None], *(gradient.flatten() for gradient in gradients)])
+        parts = self.processes.sum_(flat).split([1, *(gradient.numel() for gradient in gradients)])
+        for gradient, part in zip(gradients, parts[1:], strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return parts[0][0]
+
+    def _after_step(self) -> None:
+        """What is due after a step: validation, saves, samples."""
+        output, monitor, step = self.config.output, self.config.monitor, self.steps_done
+        epoch, rest = divmod(step, self.steps_per_epoch)
+        is_last = step == self.num_steps
+
+        def due(every_n_steps: int | None, every_n_epochs: int | None = None) -> bool:
+            by_steps = every_n_steps is not None and step % every_n_steps == 0
+            return by_steps or (every_n_epochs is not None and rest == 0 and epoch % every_n_epochs == 0)
+
+        if is_last or due(monitor.validate_every_n_steps or max(1, self.num_steps // VALIDATIONS_IN_A_RUN)):
+            self._validate(step)
+        saves_step, saves_epoch = due(output.save_every_n_steps), due(None, output.save_every_n_epochs)
+        if not is_last and (saves_step or saves_epoch):
+            if saves_epoch:
+                self._save_lora(f"{self.name}-{epoch:06d}", "epoch", epoch)
+            if saves_step:
+                self._save_lora(f"{self.name}-step{step:08d}", "step", step)
+            if output.save_state:
+                self._save_state()
+        if due(monitor.sample_every_n_steps, monitor.sample_every_n_epochs):
+            self._sample(step)
+
+    def _finish(self, *, stopped: bool) -> TrainResult:
+        """Writes the LoRA, the curves, and the state where it is wanted or the run was stopped."""
+        output, result = self.config.output, self.result
+        if self.steps_done or not stopped:
+            if stopped:
+                self._save_lora(f"{self.name}-step{self.steps_done:08d}", "stopped", self.steps_done)
+            else:
+                self._save_lora(self.name, "last", self.steps_done)
+            if stopped or output.save_state or output.save_state_on_train_end:
+                self._save_state()
+        self.adapters.detach()
+        result.num_steps, result.stopped = self.steps_done, stopped
+        if self.metrics is not None:
+            result.metrics_path = self.metrics.path
+            self.metrics.close()
+            if self.steps_done:
+                result.curves_path = self.folder / f"{self.name}-curves.png"
+                draw_curves(self.metrics.path, result.curves_path)
+        self.processes.barrier()
+        return result
+
+    def _open_metrics(self) -> MetricsWriter:
+        monitor = self.config.monitor
+        trackers = open_trackers(
+            monitor.log_with,
+            monitor.logging_dir or self.folder / "logs",
+            run_name=monitor.wandb_run_name or self.name,
+            project=monitor.log_tracker_name or "flux2-kit",
+            settings=self.description["settings"],
+            first_step=self.first_step,
+        )
+        return MetricsWriter(self.folder, self.name, first_step=self.first_step, trackers=trackers)
+
+    def _validate(self, step: int) -> None:
+        """The loss of held-out pictures, always at the same noise and noise levels."""
+        if not self.dataset.validation:
+            return
+        num_sigmas = self.config.monitor.num_validation_sigmas
+        quantiles = (torch.arange(num_sigmas, dtype=torch.float64) + 0.5) / num_sigmas
+        total = torch.zeros((), device=self.device)
+        with self._inference_weights(), torch.no_grad():
+            for index, item in enumerate(self.dataset.validation):
+                if index % self.processes.count != self.processes.index:
+                    continue
+                sample = self.dataset.load(item)
+                for place in range(num_sigmas):
+                    latents = sample.latents[None]
+                    # Draws of training count from 0 up: negative ones are never the same.
+                    noise = self._noise(-1 - index * num_sigmas - place, sample.latents)[None]
+                    sigma = self._sigmas(quantiles[place : place + 1], latents)
+                    total += self._velocity_losses([sample], latents, noise, sigma)[0]
+        loss = (self.processes.sum_(total) / (len(self.dataset.validation) * num_sigmas)).item()
+        self.result.validation_losses[step] = loss
+        if self.metrics is not None:
+            self.metrics.write(step=step, validation_loss=loss)
+
+    def _sample(self, step: int) -> None:
+        """Makes the sample pictures with the LoRA as it would be saved now; a failure does not end training."""
+        lora = self._lora(self.name)
+        assert self.autoencoder is not None
+        self.adapters.detach()
+        try:
+            apply_loras(self.dit, [LoraSetting(lora=lora)])
+            for index, sample in enumerate(self.samples):
+                if index % self.processes.count != self.processes.index:
+                    continue
+                image = make_sample(sample, self.dit, self.variant, self.autoencoder, self.should_stop)
+                folder = self.folder / "sample"
+                folder.mkdir(exist_ok=True)
+                path = folder / f"{self.name}_{step:06d}_{index:02d}_{sample.sampling.seed}.png"
+                self.result.samples.append(
+                    write_png(path, image, sample_record(sample, self.files, [(lora.name, 1.0)]))
+                )
+                if self.on_sample is not None:
+                    self.on_sample(step, image)
+        except (ValueError, OSError, RuntimeError) as error:
+            logger.warning("no sample pictures after step %d: %s", step, error)
+        finally:
+            remove_loras(self.dit)
+            self.adapters.attach()
+
+    def _save_lora(self, stem: str, kind: str, number: int) -> None:
+        """Writes the LoRA, and deletes those of its kind that are no longer to be kept."""
+        path = self.folder / f"{stem}.safetensors"
+        self.result.lora_path = path
+        self.saved.append((kind, number, path.name))
+        if self._is_main:
+            write_lora(path, self._lora(path.name))
+        output = self.config.output
+        kept = {"epoch": output.save_last_n_epochs, "step": output.save_last_n_steps}.get(kind)
+        if kept is None:
+            return
+        unit = output.save_every_n_epochs or 1 if kind == "epoch" else 1
+        for entry in [e for e in self.saved if e[0] == kind and e[1] <= number - kept * unit]:
+            self.saved.remove(entry)
+            if self._is_main:
+                (self.folder / entry[2]).unlink(missing_ok=True)
+
+    def _lora(self, name: str) -> Lora:
+        """The adapters as a file would give them back."""
+        with self._inference_weights():
+            metadata = lora_metadata(self.config, self.dataset, self.files, self.adapters, self.steps_done)
+            return self.adapters.to_lora(name, DTYPES[self.config.output.save_precision], metadata)
+
+    def _save_state(self) -> None:
+        folder = self.folder / f"{self.name}-state"
+        self.result.state_path = folder
+        if not self._is_main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        counts = {
+            "description": self.description,
+            "average_loss": self.average_loss.value,
+            "num_bad_in_a_row": self.num_bad_in_a_row,
+            "num_bad_steps": self.result.num_bad_steps,
+            "validation_losses": self.result.validation_losses,
+            "saved": self.saved,
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+        }
+        save_train_state(folder / STATE_FILE, step=self.steps_done, extra=counts, **self._state_parts())
+
+    def _restore(self, state: dict[str, Any], path: Path) -> None:
+        self.first_step = self.steps_done = restore_train_state(state, str(path), **self._state_parts())
+        counts = state["extra"]
+        self.average_loss.value, self.num_bad_in_a_row = counts["average_loss"], counts["num_bad_in_a_row"]
+        self.result.num_bad_steps = counts["num_bad_steps"]
+        self.result.validation_losses = dict(counts["validation_losses"])
+        self.saved = [tuple(entry) for entry in counts["saved"]]
+        self.scaler.load_state_dict(counts["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(counts["ema"])
+
+    def _state_parts(self) -> dict[str, Any]:
+        return {"modules": {"adapters": self.adapters}, "optimizers": {"main": self.optimizer}, "generators": {}}
+
+    def _try_largest_batch(self) -> None:
+        """Runs the batch that needs most memory once, so that too little of it shows before hours of training."""
+        draws = largest_batch(self.dataset)
+        group = [(draw, self.dataset.load(self.dataset.items[draw.item])) for draw in draws]
+        try:
+            with self._random_state(0):
+                self.scaler.scale(self._losses(group).sum()).backward()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            height, width = (side * 16 for side in group[0][1].latents.shape[-2:])
+            advice = "set gradient_checkpointing" if self.dit.checkpointing == "none" else "take a smaller resolution"
+            raise ValueError(
+                f"the largest batch does not fit into memory: {len(group)} x {width}x{height} px with "
+                f"{len(group[0][1].references)} references; {advice}, or a smaller batch_size or network_dim"
+            ) from error
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _check_disk(self) -> None:
+        """Refuses to start where the LoRA and its state would not fit on the disk."""
+        num_values = sum(parameter.numel() for parameter in self.parameters)
+        # The LoRA twice, old and new, and a state of masters, two moments and an average, each twice as well.
+        needed = num_values * (2 * DTYPES[self.config.output.save_precision].itemsize + 2 * 4 * 4) + SPARE_BYTES
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise ValueError(
+                f"{self.folder} has {free / 2**30:.2f} GiB free, and the LoRA with its state needs up to "
+                f"{needed / 2**30:.2f} GiB; free some space or choose another output_dir"
+            )
+
+    def _report(self, loss: float, norm: float, seconds_per_step: float) -> None:
+        """Counts a finished step and tells it; gives up after too many without a finite loss."""
+        step = self.steps_done
+        average = self.average_loss.update(loss)
+        if math.isfinite(loss):
+            self.num_bad_in_a_row = 0
+        else:
+            self.num_bad_in_a_row += 1
+            self.result.num_bad_steps += 1
+            logger.warning("step %d was skipped: its loss or gradient is not finite", step)
+        rate = effective_rate(self.optimizer)
+        epoch = (step - 1) // self.steps_per_epoch + 1
+        if self.metrics is not None and (step % self.config.monitor.log_every_n_steps == 0 or step == self.num_steps):
+            self.metrics.write(step=step, epoch=epoch, loss=loss, learning_rate=rate, gradient_norm=norm)
+        if self.on_step is not None:
+            self.on_step(
+                TrainStep(
+                    step=step,
+                    num_steps=self.num_steps,
+                    epoch=epoch,
+                    loss=loss,
+                    average_loss=math.nan if average is None else average,
+                    learning_rate=rate,
+                    seconds_per_step=seconds_per_step,
+                    seconds_left=seconds_per_step * (self.num_steps - step),
+                )
+            )
+        if self.num_bad_in_a_row >= self.config.max_bad_steps:
+            raise ValueError(
+                f"the loss was not finite in {self.num_bad_in_a_row} steps in a row, up to step {step}; lower the "
+                "learning rate, or train with mixed_precision bf16 or no"
+            )
+
+    @property
+    def _is_main(self) -> bool:
+        return self.processes.is_main
+
+    def _checkpointing(self) -> Any:
+        if self.config.checkpointing != "auto":
+            return self.config.checkpointing
+        return "none" if self.variant.name == "tiny" else "blocks"
+
+    def _must_stop(self) -> bool:
+        asked = self.should_stop is not None and self.should_stop()
+        return self.processes.any(asked) if self.processes.count > 1 else asked
+
+    @contextmanager
+    def _inference_weights(self) -> Iterator[None]:
+        """The weights that are saved and sampled: averaged where that is asked for, and without dropout."""
+        self.adapters.eval()
+        try:
+            with (
+                evaluation_weights(self.optimizer),
+                self.ema.swapped_in(self.parameters) if self.ema is not None else nullcontext(),
+            ):
+                yield
+        finally:
+            self.adapters.train()
+
+    @contextmanager
+    def _random_state(self, step: int) -> Iterator[None]:
+        """What dropout draws follows from the seed and the step, and leaves the process's generators alone."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(random.Random(f"{self.config.seed} {step} {self.processes.index}").getrandbits(63))
+            yield

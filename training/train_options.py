@@ -1,0 +1,308 @@
+"""The options of ``flux2 train``, musubi-tuner's names, and the settings they stand for.
+
+Types and defaults are those of the settings' dataclasses; here are names, places and help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
+
+from .config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option and the setting it sets."""
+
+    name: str
+    setting: str
+    """Path through the dataclasses, such as "adapter.rank"."""
+    help: str
+    scale: float | None = None
+    """The number that is given is multiplied by this."""
+
+
+GROUPS: dict[str, tuple[Option, ...]] = {
+    "run": (
+        Option("max_train_steps", "max_train_steps", "steps of the optimiser"),
+        Option("max_train_epochs", "max_train_epochs", "passes over the dataset; replaces max_train_steps"),
+        Option("gradient_accumulation_steps", "gradient_accumulation_steps", "batches a step"),
+        Option("seed", "seed", "order, noise, noise levels and first weights"),
+        Option("mixed_precision", "mixed_precision", "of the frozen base; default: as in the DiT's file"),
+        Option("ema_decay", "ema_decay", "save and sample a moving average of the LoRA, such as 0.999"),
+        Option("max_bad_steps", "max_bad_steps", "give up after so many steps in a row without a finite loss"),
+        Option("preflight", "preflight", "try the largest batch first"),
+    ),
+    "LoRA": (
+        Option("network_dim", "adapter.rank", "rank"),
+        Option("network_alpha", "adapter.alpha", "default: the rank, so that the LoRA counts in full"),
+        Option("network_dropout", "adapter.dropout", "share of the LoRA's input set to zero in training"),
+        Option("network_weights", "network_weights", "a LoRA to start from"),
+        Option("dim_from_weights", "dim_from_weights", "take rank, alpha and layers from network_weights"),
+    ),
+    "noise levels": (
+        Option("timestep_sampling", "timesteps.timestep_sampling", "density of the noise levels"),
+        Option("discrete_flow_shift", "timesteps.discrete_flow_shift", "for shift and sigma"),
+        Option("sigmoid_scale", "timesteps.sigmoid_scale", "for sigmoid, shift, flux2_shift"),
+        Option("logit_mean", "timesteps.logit_mean", "for logit_normal and logsnr"),
+        Option("logit_std", "timesteps.logit_std", "for logit_normal and logsnr"),
+        Option("mode_scale", "timesteps.mode_scale", "for mode"),
+        Option("weighting_scheme", "timesteps.weighting_scheme", "weight of the loss by noise level"),
+        Option("min_timestep", "timesteps.min_sigma", "lowest noise level, 0..1000", scale=1e-3),
+        Option("max_timestep", "timesteps.max_sigma", "highest noise level, 0..1000", scale=1e-3),
+        Option("preserve_distribution_shape", "timesteps.preserve_distribution_shape", "cut off between these bounds"),
+        Option("num_timestep_buckets", "timesteps.num_timestep_buckets", "stratified sampling over so many draws"),
+    ),
+    "optimiser": (
+        Option("optimizer_type", "optimizer.optimizer_type", "adamw, adamw8bit, adafactor, prodigy, ... or a class"),
+        Option("learning_rate", "optimizer.learning_rate", "at the top of the schedule; default: 1e-4, for prodigy 1"),
+        Option("optimizer_args", "optimizer.optimizer_args", "more arguments of the optimiser, as name=value"),
+        Option("max_grad_norm", "optimizer.max_grad_norm", "gradients are scaled down to this norm; 0: never"),
+        Option("lr_scheduler", "schedule.lr_scheduler", "how the learning rate goes on"),
+        Option("lr_warmup_steps", "schedule.lr_warmup_steps", "steps, a share below 1, or a percentage"),
+        Option("lr_decay_steps", "schedule.lr_decay_steps", "steps, a share below 1, or a percentage"),
+        Option("lr_scheduler_num_cycles", "schedule.lr_scheduler_num_cycles", "for cosine_with_restarts"),
+        Option("lr_scheduler_power", "schedule.lr_scheduler_power", "for polynomial"),
+        Option("lr_scheduler_timescale", "schedule.lr_scheduler_timescale", "for inverse_sqrt, in steps"),
+        Option("lr_scheduler_min_lr_ratio", "schedule.lr_scheduler_min_lr_ratio", "lowest rate over the highest"),
+    ),
+    "what is written": (
+        Option("output_dir", "output.output_dir", "folder"),
+        Option("output_name", "output.output_name", "begins the name of every file"),
+        Option("save_precision", "output.save_precision", "of the LoRA's file"),
+        Option("save_every_n_steps", "output.save_every_n_steps", "write the LoRA so often"),
+        Option("save_every_n_epochs", "output.save_every_n_epochs", "write the LoRA so often"),
+        Option("save_last_n_steps", "output.save_last_n_steps", "of those keep the ones of the last N steps"),
+        Option("save_last_n_epochs", "output.save_last_n_epochs", "of those keep the last N"),
+        Option("save_state", "output.save_state", "write the state for --resume with every save"),
+        Option("save_state_on_train_end", "output.save_state_on_train_end", "and at the end"),
+        Option("metadata_title", "output.metadata_title", "in the LoRA's metadata"),
+        Option("metadata_author", "output.metadata_author", "likewise"),
+        Option("metadata_description", "output.metadata_description", "likewise"),
+        Option("metadata_license", "output.metadata_license", "likewise"),
+        Option("metadata_tags", "output.metadata_tags", "likewise"),
+        Option("training_comment", "output.training_comment", "likewise"),
+        Option("no_metadata", "output.no_metadata", "leave the metadata out"),
+    ),
+    "what is looked at": (
+        Option("sample_prompts", "monitor.sample_prompts", "file of prompts, as for `flux2 generate --from_file`"),
+        Option("sample_every_n_steps", "monitor.sample_every_n_steps", "make the sample pictures so often"),
+        Option("sample_every_n_epochs", "monitor.sample_every_n_epochs", "make the sample pictures so often"),
+        Option("sample_at_first", "monitor.sample_at_first", "and before the first step"),
+        Option("validate_every_n_steps", "monitor.validate_every_n_steps", "default: ten times in the run"),
+        Option("num_validation_sigmas", "monitor.num_validation_sigmas", "noise levels for each held-out picture"),
+        Option("log_every_n_steps", "monitor.log_every_n_steps", "write the loss so often"),
+        Option("log_with", "monitor.log_with", "also log to these"),
+        Option("logging_dir", "monitor.logging_dir", "for tensorboard"),
+        Option("log_tracker_name", "monitor.log_tracker_name", "for tensorboard and wandb"),
+        Option("wandb_run_name", "monitor.wandb_run_name", "for wandb"),
+    ),
+}
+OPTIONS = {option.name: option for group in GROUPS.values() for option in group}
+NETWORK_ARGS = {
+    "include_patterns": "adapter.include",
+    "exclude_patterns": "adapter.exclude",
+    "rank_stabilized": "adapter.rank_stabilized",
+    "use_rslora": "adapter.rank_stabilized",
+    "dora": "adapter.dora",
+    "use_dora": "adapter.dora",
+    "factor": "adapter.lokr_factor",
+    "loraplus_lr_ratio": "loraplus_lr_ratio",
+}
+"""Names that ``--network_args name=value`` takes, and their settings."""
+NETWORK_MODULES = {
+    "lora": "lora", "networks.lora_flux_2": "lora", "networks.lora": "lora", "lokr": "lokr", "networks.lokr": "lokr",
+}  # fmt: skip
+WITHOUT_EFFECT = {
+    "sdpa": "attention always runs through PyTorch's own kernels",
+    "max_data_loader_n_workers": "samples are read ahead by a thread",
+    "persistent_data_loader_workers": "samples are read ahead by a thread",
+}
+"""Options of musubi-tuner that ask for what happens anyway."""
+REFUSED = {
+    "flash_attn": "leave it out, PyTorch chooses the fastest kernel it has",
+    "flash3": "leave it out, PyTorch chooses the fastest kernel it has",
+    "sage_attn": "it has no backward pass; leave it out",
+    "xformers": "leave it out, PyTorch chooses the fastest kernel it has",
+    "split_attn": "leave it out, samples of different shapes run one shape after the other",
+    "scale_weight_norms": "lower the learning rate, or set weight decay with --optimizer_args",
+    "base_weights": "merge it first with `flux2 merge-lora`, and train on the result",
+}
+"""Options of musubi-tuner that are not here, and what to do instead."""
+
+
+def add_train_options(parser: argparse.ArgumentParser) -> None:
+    """Adds all options of ``flux2 train``; those that are not given stay out of the namespace."""
+    group = parser.add_argument_group("models and data")
+    group.add_argument("--config_file", metavar="TOML", help="options in a file, in sections or without")
+    group.add_argument("--dataset_config", metavar="FILE", help="settings, table or folder, as it was cached")
+    group.add_argument("--model_version", metavar="NAME", help="a variant, or auto; default: tiny without --dit")
+    group.add_argument("--dit", metavar="PATH", help="default: looked up by variant")
+    group.add_argument("--vae", metavar="PATH", help="for sample pictures")
+    group.add_argument("--text_encoder", metavar="PATH", help="for sample pictures")
+    group.add_argument("--tokenizer", metavar="PATH", help="default: beside the text encoder")
+    group.add_argument("--models_dir", metavar="DIR", help="ComfyUI's models folder, searched for what is not given")
+    group.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0; default: cuda where there is one")
+    group.add_argument("--resume", metavar="DIR", help="go on from a state, <output_name>-state")
+    group.add_argument("--show_timesteps", metavar="PNG", help="draw the density of noise levels and train nothing")
+    flag = argparse.BooleanOptionalAction
+    group.add_argument("--gradient_checkpointing", action=flag, help="default: on, for tiny off")
+    group.add_argument("--gradient_checkpointing_cpu_offload", action=flag, help="and keep the rest in host memory")
+    for title, options in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            group.add_argument(f"--{option.name}", **_argument(option))
+        if title == "LoRA":
+            group.add_argument("--network_module", metavar="NAME", help=f"{', '.join(NETWORK_MODULES)}; default: lora")
+            names = ", ".join(NETWORK_ARGS)
+            group.add_argument("--network_args", nargs="+", metavar="NAME=VALUE", help=f"any of {names}")
+    for name in WITHOUT_EFFECT:
+        parser.add_argument(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
+    for name in REFUSED:
+        parser.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
+
+
+def train_config(values: Mapping[str, Any]) -> TrainConfig:
+    """Settings from options by name; what is None or missing keeps its default.
+
+    Raises:
+        ValueError: an unknown name, a value of another kind, or one that is refused.
+    """
+    settings: dict[str, Any] = {}
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name in REFUSED:
+            raise ValueError(f"--{name} is not supported: {REFUSED[name]}")
+        if name in OPTIONS:
+            option = OPTIONS[name]
+            checked = _convert(name, value, _kind(option.setting))
+            settings[option.setting] = checked * option.scale if option.scale is not None else checked
+    settings |= _network_settings(values)
+    checkpointing = _checkpointing(values)
+    if checkpointing is not None:
+        settings["checkpointing"] = checkpointing
+    return _build(TrainConfig, settings)
+
+
+def _network_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    if (module := values.get("network_module")) is not None:
+        if module not in NETWORK_MODULES:
+            raise ValueError(f"--network_module is {module!r}; known: {', '.join(NETWORK_MODULES)}")
+        settings["adapter.kind"] = NETWORK_MODULES[module]
+    for text in values.get("network_args") or ():
+        name, found, value = str(text).partition("=")
+        if not found or name not in NETWORK_ARGS:
+            raise ValueError(f"--network_args has {text!r}; give name=value with one of {', '.join(NETWORK_ARGS)}")
+        settings[NETWORK_ARGS[name]] = _convert(name, _literal(value), _kind(NETWORK_ARGS[name]))
+    return settings
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _checkpointing(values: Mapping[str, Any]) -> str | None:
+    blocks, offload = values.get("gradient_checkpointing"), values.get("gradient_checkpointing_cpu_offload")
+    if offload and blocks is False:
+        raise ValueError("gradient_checkpointing_cpu_offload needs gradient_checkpointing; switch both on")
+    if offload:
+        return "offload"
+    return None if blocks is None else "blocks" if blocks else "none"
+
+
+def _build(cls: type[Any], settings: Mapping[str, Any], prefix: str = "") -> Any:
+    """The dataclass with settings by path; nested ones are built from theirs."""
+    values: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
+    for field in fields(cls):
+        path = prefix + field.name
+        if is_dataclass(hints[field.name]):
+            values[field.name] = _build(hints[field.name], settings, f"{path}.")
+        elif path in settings:
+            values[field.name] = settings[path]
+    return replace(cls(), **values) if prefix == "" else cls(**values)
+
+
+def _kind(setting: str) -> Any:
+    """The type of a setting, with None left out."""
+    cls: Any = TrainConfig
+    for part in setting.split("."):
+        cls = typing.get_type_hints(cls)[part]
+    if get_origin(cls) in (typing.Union, UnionType):
+        kinds = [kind for kind in get_args(cls) if kind is not NoneType]
+        return kinds[0] if len(kinds) == 1 else typing.Union[tuple(kinds)]  # noqa: UP007 - from a list
+    return cls
+
+
+def _default(setting: str) -> Any:
+    value: Any = TrainConfig()
+    for part in setting.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _argument(option: Option) -> dict[str, Any]:
+    """How argparse reads an option; values are checked by `_convert`, as those of a TOML are."""
+    kind, default = _kind(option.setting), _default(option.setting)
+    shown = default / option.scale if option.scale is not None else default
+    is_told = "default" in option.help or default is None or default is False or default == ()
+    text = option.help if is_told else f"{option.help}; default: {'on' if default is True else shown}"
+    if kind is bool and default is True:
+        return {"action": argparse.BooleanOptionalAction, "default": None, "help": text}
+    if kind is bool:
+        return {"action": "store_true", "default": None, "help": text}
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind), "help": text}
+    if get_origin(kind) is tuple:
+        return {"nargs": "+", "metavar": "VALUE", "help": text}
+    metavar = {int: "N", float: "X", Path: "PATH"}.get(kind, "VALUE")
+    return {"metavar": metavar, "help": text.replace("%", "%%")}
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """A value from the command line or a TOML as the type of its setting."""
+    origin = get_origin(kind)
+    if origin in (typing.Union, UnionType):
+        for choice in get_args(kind):
+            try:
+                return _convert(name, value, choice)
+            except ValueError:
+                continue
+    elif origin is Literal:
+        if value in get_args(kind):
+            return value
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(str, get_args(kind)))}")
+    elif origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)):
+            return tuple(_convert(name, item, get_args(kind)[0]) for item in items)
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
+            return int(value)
+    elif kind is float:
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    elif kind in (str, Path) and isinstance(value, (str, Path)):
+        return kind(value)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    raise ValueError(f"{name} is {value!r}; it must be {words.get(kind, 'of another kind')}")

@@ -1,0 +1,68 @@
+"""Whether a saved state may go on under the settings of now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .fingerprint import fingerprint_weights
+
+if TYPE_CHECKING:
+    from .cache import CachedDataset
+    from .config import TrainConfig
+    from .train_files import TrainFiles
+
+FREE = ("output", "monitor", "max_train_steps", "max_train_epochs", "max_bad_steps", "preflight", "checkpointing")
+"""Settings that do not change what a step learns; max_train_steps does where the learning rate follows a curve, and is
+free so that a run can be made longer."""
+ONLY_AT_START = ("network_weights", "dim_from_weights")
+"""Settings that count before the first step alone."""
+
+
+def describe_run(config: TrainConfig, dataset: CachedDataset, files: TrainFiles, num_processes: int) -> dict[str, Any]:
+    """All that has to be the same for a run to go on, as JSON values."""
+    settings = json.loads(json.dumps(asdict(config), default=str))
+    kept = {name: value for name, value in settings.items() if name not in (*FREE, *ONLY_AT_START)}
+    return {
+        "settings": kept,
+        "dataset": dataset.digest,
+        "variant": files.variant.name,
+        "base": fingerprint_weights(files.dit, "dit"),
+        "num_processes": num_processes,
+    }
+
+
+def check_resume(state: Any, description: dict[str, Any], num_steps: int, folder: Path) -> None:
+    """Refuses a state of another run.
+
+    Raises:
+        ValueError: naming everything that differs, with the value then and now.
+    """
+    try:
+        before, step = state["extra"]["description"], state["step"]
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder} holds no state of LoRA training; give the folder <output_name>-state") from None
+    if differences := list(_differences(before, description)):
+        raise ValueError(
+            f"{folder} was written by a run with other settings: {'; '.join(differences)}. Resume with the settings "
+            "of then, or start a new run from its LoRA with network_weights"
+        )
+    if step >= num_steps:
+        raise ValueError(
+            f"{folder} is at step {step}, and the run ends at {num_steps}; raise max_train_steps or max_train_epochs "
+            "to go on"
+        )
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            yield from _differences(before.get(key), now.get(key), key)
+    elif before != now:
+        if name in ("dataset", "base"):
+            yield f"the {'dataset' if name == 'dataset' else 'DiT'} has changed"
+        else:
+            yield f"{name} was {before}, now {now}"
