@@ -207,9 +207,7 @@ def _figure(*, height: float, ratios: tuple[int, ...]) -> tuple[Figure, list[Axe
 def _title(panel: Axes, title: str, text: str) -> None:
     lines = textwrap.wrap(text, LINE_LENGTH)
     panel.set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold", pad=10 + 14 * len(lines))
-    # The layout leaves room for the title; a long text in it would narrow the panel.
-    below = panel.text(0, 1.025, "\n".join(lines), transform=panel.transAxes, color="#5d6875", fontsize=9.5)
-    below.set_in_layout(False)
+    panel.text(0, 1.025, "\n".join(lines), transform=panel.transAxes, color="#5d6875", fontsize=9.5)
 
 
 def _limit_to_most(panel: Axes, values: Sequence[float], share: float = 0.995) -> None:

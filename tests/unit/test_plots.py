@@ -97,6 +97,14 @@ def test_noise_levels_are_those_of_all_pictures(figures):
     for name, shift in (("512 x 512", low), ("1024 x 1024", high)):
         quartiles = " / ".join(f"{shift * q / (1 + (shift - 1) * q):.2f}" for q in (0.25, 0.5, 0.75))
         assert f"{name} px: {quartiles}" in written
+    edges = torch.linspace(0, 1, NUM_BINS + 1, dtype=torch.float64)
+    exact = {shift: (shift_sigmas(edges, 1 / shift).diff() * NUM_BINS).numpy() for shift in (low, high)}
+    small, large = (line.get_ydata() for line in figures[0].axes[0].lines)
+    np.testing.assert_allclose(small, exact[low], rtol=2e-2, atol=1e-3)
+    np.testing.assert_allclose(large, exact[high], rtol=2e-2, atol=1e-3)
+    outline = figures[0].axes[0].collections[0].get_paths()[0].vertices
+    top_of_area = outline[1 : NUM_BINS + 1, 1] if outline[1, 1] else outline[NUM_BINS + 2 : 2 * NUM_BINS + 2, 1][::-1]
+    np.testing.assert_allclose(top_of_area, 0.75 * small + 0.25 * large, rtol=1e-4)
     draws = torch.rand(400_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     draws = torch.where(torch.arange(400_000) % 4 == 0, shift_sigmas(draws, high), shift_sigmas(draws, low))
     label = next(text for text in texts(figures[0]) if text.startswith("all 4 pictures: "))
