@@ -254,7 +254,7 @@ def save_merged_dit(
     on_tensor: TensorCallback | None = None,
 ) -> Path:
     """Like `merge_checkpoint`, for a model that is loaded already; the model stays as it is."""
-    _check_plain({name: layer for name, layer in dit.named_modules() if isinstance(layer, Linear)})
+    _check_plain(linear_layers(dit))
     state = dit.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     tensors = ((name, tensor.float()) for name, tensor in state.items())

@@ -24,16 +24,18 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     assert weight.shape[1] % 2 == 0, weight.shape
     weight = weight if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) else weight.float()
-    packed, state = _functional().quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4")
+    packed, state = _functional().quantize_4bit(weight.reshape(-1), blocksize=BLOCK, quant_type="nf4")
     return packed.view(weight.shape[0], weight.shape[1] // 2), state.absmax.to(torch.bfloat16)
 
 
 def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight ``[out, in]`` in ``dtype``."""
     functional = _functional()
-    shape = torch.Size((weight.shape[0], 2 * weight.shape[1]))
+    rows, columns = weight.shape[0], 2 * weight.shape[1]
+    # As a vector: on the CPU, bitsandbytes begins a new block with every row of a matrix, unlike when it quantises.
+    shape = torch.Size((rows * columns,))
     state = functional.QuantState(scale.float(), shape=shape, blocksize=BLOCK, quant_type="nf4", dtype=dtype)
-    return functional.dequantize_4bit(weight.view(-1, 1), state)
+    return functional.dequantize_4bit(weight.view(-1, 1), state).view(rows, columns)
 
 
 def multiply(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Hugging Face releases (``weight_scale_inv``, which is multiplied by as well).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -89,6 +90,17 @@ def check_format(source: TensorSource, name: str) -> None:
             f"{source.path} is quantised as {weight_format[:80]} ({name}), which is not read; "
             "give a bf16, fp16, fp32 or fp8 file of the model"
         )
+
+
+def has_row_scale(weight_shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> bool:
+    """Whether a scale is one for the tensor or one per row, so that `row_scale` can make the latter of it."""
+    count = math.prod(scale_shape)
+    return count == 1 or (count == weight_shape[0] and scale_shape[0] == count)
+
+
+def row_scale(scale: Tensor, rows: int) -> Tensor:
+    """A scale that `has_row_scale` as fp32 ``[rows, 1]``."""
+    return scale.float().reshape(-1, 1).expand(rows, 1).contiguous()
 
 
 def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
