@@ -99,7 +99,7 @@ class HostStore:
         if item.ready is not None:
             torch.cuda.current_stream(item.device).wait_event(item.ready)
         self._items[item.index] = None
-        for earlier in self._items[max(0, item.index - self.AHEAD) : item.index]:
+        for earlier in reversed(self._items[max(0, item.index - self.AHEAD) : item.index]):
             if earlier is not None:
                 self._fetch(earlier)
         return result

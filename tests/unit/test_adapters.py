@@ -83,7 +83,7 @@ def make_trained(adapters: torch.nn.Module, seed: int = 1) -> None:
         if name.endswith("magnitude"):
             parameter.data *= 0.7 + 0.6 * torch.rand(parameter.shape, generator=generator)
         else:
-            parameter.data = random_values(parameter.shape, generator)
+            parameter.data.copy_(random_values(parameter.shape, generator))
 
 
 def build(config: AdapterConfig, trained: bool = True) -> tuple[Flux2DiT, TrainableAdapters]:
