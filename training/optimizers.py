@@ -329,7 +329,6 @@ def set_training(optimizer: Optimizer, training: bool) -> None:
 
     Wrapped by accelerate or not. They must be in training to step; in evaluation the parameters are the averaged ones.
     """
-    optimizer = _unwrap(optimizer)
     switch = getattr(optimizer, "train" if training else "eval", None)
     if callable(switch):
         switch()
@@ -342,7 +341,6 @@ def evaluation_weights(optimizer: Optimizer) -> Iterator[None]:
     Afterwards the parameters have the same bits as before: switching to and fro by `set_training` rounds, and a run
     that saves would end elsewhere than one that does not.
     """
-    optimizer = _unwrap(optimizer)
     if not callable(getattr(optimizer, "eval", None)):
         yield
         return
@@ -354,11 +352,6 @@ def evaluation_weights(optimizer: Optimizer) -> Iterator[None]:
     finally:
         set_training(optimizer, True)
         _write(parameters, kept)
-
-
-def _unwrap(optimizer: Optimizer) -> Optimizer:
-    inner = getattr(optimizer, "optimizer", None)
-    return inner if isinstance(inner, Optimizer) else optimizer
 
 
 def _plain(name: str) -> str:
@@ -449,7 +442,7 @@ def _try_one_step(kind: type[Any], arguments: Mapping[str, Any], device: torch.d
 
 def effective_rate(optimizer: Optimizer) -> float:
     """The learning rate of the first group as it acts: for prodigy times the factor that it has found."""
-    group = _unwrap(optimizer).param_groups[0]
+    group = optimizer.param_groups[0]
     return float(group["lr"]) * float(group.get("d", 1.0))
 
 
