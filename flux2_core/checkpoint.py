@@ -21,7 +21,7 @@ from .autoencoder import AutoencoderConfig, Flux2Autoencoder
 from .detect import FileDescription, component_steps, describe_other, detect, resolve_variant
 from .dit import Flux2DiT
 from .files import write_safetensors
-from .linear import FORMATS, Precision, WeightFormat
+from .linear import FORMATS, Precision, WeightFormat, split_precision
 from .quantization import (
     FLOAT8_DTYPES,
     FLOAT_DTYPES,
@@ -78,12 +78,9 @@ def load_dit(
         ValueError: the file is missing, damaged, something else than a FLUX.2 DiT, or of another variant; a LoRA does
             not fit; ``dtype`` contradicts ``precision``, or nf4 cannot be computed here.
     """
-    if precision == "bf16":
-        if dtype not in (None, torch.bfloat16):
-            raise ValueError(f"the precision bf16 and the type {dtype} contradict each other; leave one of them out")
-        dtype = torch.bfloat16
+    dtype, weight_format = split_precision(precision, dtype)
     reader = DiTReader(path, variant, dtype, device, variants=variants)
-    return _load_dit(reader, None if precision == "bf16" else precision, merge), reader.variant
+    return _load_dit(reader, weight_format, merge), reader.variant
 
 
 # Under inference mode, as inside a ComfyUI node, the weights would be barred from any later training.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,25 @@ FORMATS: dict[WeightFormat, Functions] = {
     "fp8": Functions(quantise=fp8.quantise, dequantise=fp8.dequantise, multiply=fp8.multiply),
     "nf4": Functions(quantise=nf4.quantise, dequantise=nf4.dequantise, multiply=nf4.multiply),
 }
+
+
+def split_precision(
+    precision: Precision | None, dtype: torch.dtype | None
+) -> tuple[torch.dtype | None, WeightFormat | None]:
+    """The type of plain weights and the format of the others; None is left to the file and to plain.
+
+    Raises:
+        ValueError: the precision is unknown, or ``dtype`` contradicts it.
+    """
+    if precision is None:
+        return dtype, None
+    if precision == "bf16":
+        if dtype not in (None, torch.bfloat16):
+            raise ValueError(f"the precision bf16 and the type {dtype} contradict each other; leave one of them out")
+        return torch.bfloat16, None
+    if precision not in FORMATS:
+        raise ValueError(f"the precision is {precision!r}; allowed are {', '.join(get_args(Precision))}")
+    return dtype, precision
 
 
 class _FrozenProduct(torch.autograd.Function):

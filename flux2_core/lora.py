@@ -391,8 +391,8 @@ def _check_plain(layers: Mapping[str, Linear]) -> None:
     quantised = next((layer.weight_format for layer in layers.values() if layer.weight_format), None)
     if quantised:
         raise ValueError(
-            f"the model's weights are {quantised}, and merging into them would round them a second time; merge into the "
-            "checkpoint, or name the LoRAs when the model is loaded"
+            f"the model's weights are {quantised}, and merging into them would round them a second time; merge into "
+            "the checkpoint, or name the LoRAs when the model is loaded"
         )
 
 

@@ -20,7 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from .files import read_json_object
-from .quantization import FLOAT8_DTYPES, FLOAT_DTYPES, ROLES, check_format, dequantise, split_quantisation
+from .linear import FORMATS, Linear, Precision, WeightFormat, split_precision
+from .quantization import (
+    FLOAT8_DTYPES,
+    FLOAT_DTYPES,
+    ROLES,
+    check_format,
+    dequantise,
+    has_row_scale,
+    row_scale,
+    split_quantisation,
+)
 from .tensor_source import TensorSource
 from .tokenizer import Family, PromptTokenizer, find_tokenizer
 from .variants import MISTRAL_SMALL, QWEN3_4B, QWEN3_8B, QWEN3_TINY, TextEncoderConfig
@@ -149,6 +159,7 @@ def load_text_encoder(
     tokenizer: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    precision: Precision | None = None,
     last_tokenizer_directories: Iterable[Path] = (),
 ) -> TextEncoder:
     """Loads a text encoder and its tokenizer.
@@ -159,14 +170,18 @@ def load_text_encoder(
             are multiplied out.
         config: what the DiT needs; None takes what fits the file.
         tokenizer: folder or file; None looks into and beside the weights, then into the local Hugging Face cache.
-        dtype: of the weights; None keeps the file's, bfloat16 for fp8.
-        device: where the weights go.
+        dtype: of the plain weights, and so of the embeddings; None keeps the file's, bfloat16 for fp8.
+        device: where the weights go; they pass through host memory one tensor at a time.
+        precision: "fp8" or "nf4" quantise the Linears of the layers, one after the other; fp8 numbers of a file with a
+            scale per tensor or per row are taken as they are. "bf16" is ``dtype`` bf16. None keeps plain weights.
         last_tokenizer_directories: where a tokenizer may lie that did not come with the weights; searched last.
 
     Raises:
-        ValueError: the weights or the tokenizer are missing, incomplete, or of another model than ``config`` needs.
+        ValueError: the weights or the tokenizer are missing, incomplete, or of another model than ``config`` needs;
+            ``dtype`` contradicts ``precision``, or nf4 cannot be computed here.
     """
-    with torch.inference_mode(False):
+    dtype, weight_format = split_precision(precision, dtype)
+    with torch.inference_mode(False), torch.no_grad():
         source = TensorSource(path, component="text_encoder")
         weights = _LanguageModelWeights(source)
         config = _matching_config(weights, config)
@@ -182,7 +197,7 @@ def load_text_encoder(
             last_directories=last_tokenizer_directories,
         )
         model = _build_model(weights, settings, config.num_layers)
-        _load_weights(model, weights, dtype or weights.dtype, torch.device(device))
+        _load_weights(model, weights, dtype or weights.dtype, torch.device(device), weight_format)
     return TextEncoder(model, prompt_tokenizer, config)
 
 
@@ -255,8 +270,8 @@ class _LanguageModelWeights:
         parts = UNUSED_PARTS[self.family]
         return name in UNUSED_NAMES or name.startswith(tuple(prefix + part for prefix in PREFIXES for part in parts))
 
-    def get(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor, multiplied out if it is fp8. It stays mapped to the file where it needs no conversion."""
+    def get(self, name: str, dtype: torch.dtype, device: torch.device, *, to_keep: bool = True) -> Tensor:
+        """A tensor, multiplied out if it is fp8. One to keep stays mapped to the file where it needs no conversion."""
         stored = self.source.dtype(self.names[name])
         if stored not in FLOAT_DTYPES | FLOAT8_DTYPES:
             raise ValueError(
@@ -266,7 +281,8 @@ class _LanguageModelWeights:
         marker = f"{name.removesuffix('.weight')}.comfy_quant"
         if marker in self.quantisation.formats:
             check_format(self.source, self.names[marker])
-        weight = self.source.get(self.names[name], mapped=stored == dtype and device.type == "cpu").to(device)
+        mapped = to_keep and stored == dtype and device.type == "cpu"
+        weight = self.source.get(self.names[name], mapped=mapped).to(device)
         if name not in self.quantisation.scales:
             return weight.to(dtype)
         scale = self.names[self.quantisation.scales[name]]
@@ -276,6 +292,18 @@ class _LanguageModelWeights:
             return dequantise(weight, self.source.get(scale).to(device), dtype)
         except ValueError as error:
             raise ValueError(f"{scale} in {self.path}: {error}") from error
+
+    def get_quantised(self, name: str, weight_format: WeightFormat, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A Linear's weight and scale in a format; fp8 numbers of the file are kept where their scales allow it."""
+        stored, shape = self.source.dtype(self.names[name]), self.shape(name)
+        scale = self.names.get(self.quantisation.scales.get(name, ""))
+        kept = weight_format == "fp8" and stored in FLOAT8_DTYPES
+        if kept and (scale is None or has_row_scale(shape, self.shape(self.quantisation.scales[name]))):
+            scales = torch.ones(()) if scale is None else self.source.get(scale)
+            weight = self.source.get(self.names[name], mapped=device.type == "cpu").to(device)
+            return weight, row_scale(scales, shape[0]).to(device)
+        dense = stored if stored in FLOAT_DTYPES else torch.bfloat16
+        return FORMATS[weight_format].quantise(self.get(name, dense, device, to_keep=False))
 
 
 def _matching_config(weights: _LanguageModelWeights, config: TextEncoderConfig | None) -> TextEncoderConfig:
@@ -366,7 +394,11 @@ def _build_model(weights: _LanguageModelWeights, settings: LanguageModelSettings
 
 
 def _load_weights(
-    model: PreTrainedModel, weights: _LanguageModelWeights, dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel,
+    weights: _LanguageModelWeights,
+    dtype: torch.dtype,
+    device: torch.device,
+    weight_format: WeightFormat | None,
 ) -> None:
     needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights.check_names(set(needed), model.config.num_hidden_layers)
@@ -376,11 +408,29 @@ def _load_weights(
                 f"{weights.prefix}{name} in {weights.path} has shape {list(shape)}, expected {list(expected)} for "
                 f"{weights.description}"
             )
-    state = {name: weights.get(name, dtype, device) for name in needed}
+    quantised = _replace_linears(model) if weight_format else {}
+    state = {name: weights.get(name, dtype, device) for name in needed if name not in quantised}
+    for name, linear in quantised.items():
+        assert weight_format is not None
+        linear.set_quantised(weight_format, *weights.get_quantised(name, weight_format, device))
+    state |= {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     model.load_state_dict(state, strict=True, assign=True)
     model.rotary_emb.to(device)
     model.requires_grad_(False)
     model.eval()
+
+
+def _replace_linears(model: PreTrainedModel) -> dict[str, Linear]:
+    """Puts our `Linear` in the place of every one of the layers; answers them by the names of their weights."""
+    replaced = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            assert module.bias is None, f"{name} has a bias"
+            with torch.device("meta"):
+                linear = Linear(module.in_features, module.out_features)
+            model.set_submodule(name, linear)
+            replaced[f"{name}.weight"] = linear
+    return replaced
 
 
 def _describe(family: Family, hidden_size: int) -> str:
