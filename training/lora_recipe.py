@@ -401,19 +401,20 @@ class LoraRun:
         if not self.dataset.validation:
             return
         num_sigmas = self.config.monitor.num_validation_sigmas
-        quantiles = (torch.arange(num_sigmas, dtype=torch.float64) + 0.5) / num_sigmas
         total = torch.zeros((), device=self.device)
         with self._inference_weights(), torch.no_grad():
             for index, item in enumerate(self.dataset.validation):
                 if index % self.processes.count != self.processes.index:
                     continue
                 sample = self.dataset.load(item)
-                for place in range(num_sigmas):
-                    latents = sample.latents[None]
+                batch_size = self.dataset.config.subsets[item.item.subset].batch_size
+                for quantile in torch.arange(num_sigmas).split(batch_size):
+                    latents = sample.latents.expand(len(quantile), -1, -1, -1)
                     # Draws of training count from 0 up: negative ones are never the same.
-                    noise = self._noise(-1 - index * num_sigmas - place, sample.latents)[None]
-                    sigma = self._sigmas(quantiles[place : place + 1], latents)
-                    total += self._velocity_losses([sample], latents, noise, sigma)[0]
+                    draws = [-1 - index * num_sigmas - place for place in quantile.tolist()]
+                    noise = torch.stack([self._noise(draw, sample.latents) for draw in draws])
+                    sigma = self._sigmas((quantile.double() + 0.5) / num_sigmas, latents)
+                    total += self._velocity_losses([sample] * len(quantile), latents, noise, sigma).sum()
         loss = (self.processes.sum_(total) / (len(self.dataset.validation) * num_sigmas)).item()
         self.result.validation_losses[step] = loss
         if self.metrics is not None:

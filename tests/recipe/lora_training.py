@@ -62,7 +62,7 @@ def cached(dataset: Dataset) -> CachedDataset:
 def make_config(folder: Path, **settings: Any) -> TrainConfig:
     """A short run in fp32."""
     output = OutputConfig(output_dir=folder, **settings.pop("output", {}))
-    monitor = MonitorConfig(**settings.pop("monitor", {}))
+    monitor = MonitorConfig(**{"validate_every_n_steps": 6, **settings.pop("monitor", {})})
     defaults = TrainConfig(
         max_train_steps=12,
         mixed_precision="no",
