@@ -468,6 +468,17 @@ def kohya_lora(tmp_path: Path, ranks: dict[str, int], alpha: float) -> Lora:
     return read_lora(write_lora(tmp_path / "x.safetensors", lora, "kohya"), CONFIG)
 
 
+def test_a_file_with_alpha_beside_its_factors_goes_on_with_both(tmp_path):
+    lora = kohya_lora(tmp_path, {"double_blocks.0.img_attn.qkv": 4, "single_blocks.1.linear2": 4}, alpha=3.0)
+    config = config_from_lora(lora)
+    assert (config.rank, config.alpha, config.scale) == (4, 3.0, 0.75)
+    _, adapters = build(config, trained=False)
+    adapters.load_lora(lora)
+    for layer, (factors,) in lora.layers.items():
+        for name, tensor in factors.tensors().items():
+            assert torch.equal(adapters.adapter(layer).get_parameter(name), tensor)
+
+
 def test_layers_of_smaller_rank_are_widened_without_a_change(tmp_path):
     lora = kohya_lora(tmp_path, {"double_blocks.0.img_attn.qkv": 6, "double_blocks.0.img_attn.proj": 2}, alpha=3.0)
     dit = build_dit()
