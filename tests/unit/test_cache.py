@@ -27,9 +27,11 @@ from flux2_kit.training import cache_encoders, encode
 from flux2_kit.training.buckets import fit_target
 from flux2_kit.training.cache import CachedDataset, open_cache
 from flux2_kit.training.cache_manifest import prune_cache
+from flux2_kit.training.cache_plan import plan_pictures, sources
 from flux2_kit.training.dataset import Dataset, list_dataset
 from flux2_kit.training.dataset_config import DatasetConfig, SubsetConfig
 from flux2_kit.training.encode import CacheOptions, cache_latents, cache_text
+from flux2_kit.training.fingerprint import identify_autoencoder
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -163,6 +165,20 @@ def test_how_references_are_fitted_decides_what_is_encoded(folder):
     assert sizes == {"inference": (3, 5), "target": target, "original": (6, 10), "area": (6, 10)}
     # "area" enlarges to 165x99 before the crop: of the same size, but another picture than "original".
     assert len(cached_files(folder, "latents")) == 3 + 4
+
+
+def test_a_reference_alone_is_another_one_than_among_several(folder):
+    control = folder.parent / "control"
+    for name in NAMES:
+        draw(control / f"{name}_0.png", 10, (160, 96))
+    draw(control / "c_1.png", 11, (160, 96))
+    dataset = listing(folder, control_directory=control)
+    identity = replace(identify_autoencoder(AUTOENCODER), reference_sides=(128, 64))
+    digests = {path: str(path.stat().st_size) for item in dataset.items for path in sources(item)}
+    plans = [plan_pictures(item, dataset.config.subsets[0], identity, digests) for item in dataset.items]
+    alone, also_alone, among_two = (plan.references[0] for plan in plans)
+    assert alone.key == also_alone.key != among_two.key
+    assert (alone.shape, among_two.shape) == ((128, 6, 10), (128, 3, 5))
 
 
 @pytest.mark.parametrize("weights", ["bundled", "random"])
