@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from flux2_kit.flux2_core import activation_checkpointing
 from flux2_kit.flux2_core.activation_checkpointing import HostStore
 from flux2_kit.flux2_core.dit import DiTConfig, Flux2DiT
 from flux2_kit.flux2_core.latents import image_ids, text_ids
@@ -129,10 +130,16 @@ def test_inputs_of_blocks_leave_the_device_only_when_offloaded(mode):
 
 
 @pytest.mark.parametrize("mode", ["blocks", "offload"])
-def test_each_block_runs_once_more_in_the_backward_pass_and_only_with_gradients(mode):
+def test_each_block_runs_once_more_in_the_backward_pass_and_only_with_gradients(mode, monkeypatch):
     dit, _ = build()
     dit.checkpointing = mode
-    runs = []
+    runs, checkpointed = [], []
+    checkpoint = activation_checkpointing.checkpoint
+    monkeypatch.setattr(
+        activation_checkpointing,
+        "checkpoint",
+        lambda *args, **options: (checkpointed.append(args), checkpoint(*args, **options))[1],
+    )
     for block in [*dit.double_blocks, *dit.single_blocks]:
         block.register_forward_pre_hook(lambda module, inputs: runs.append(module))
     with torch.inference_mode():
@@ -140,7 +147,9 @@ def test_each_block_runs_once_more_in_the_backward_pass_and_only_with_gradients(
     assert plain.is_inference() and len(runs) == 5
     with torch.no_grad():
         assert torch.equal(run(dit), plain)
+    assert not checkpointed
     output = run(dit)
+    assert len(checkpointed) == 5
     assert torch.equal(output, plain) and len(runs) == 15
     output.sum().backward()
     assert len(runs) == 20 and runs[15:] == runs[14:9:-1]
