@@ -193,17 +193,22 @@ class DiTReader:
         )
         return self.source.dtype(sources[0]) in FLOAT8_DTYPES and all(fitting)
 
+    def fp8_dtype(self, name: str) -> torch.dtype:
+        """The type of the 8-bit floats that `get_fp8` gives."""
+        stored = self.source.dtype(self._sources(name)[0])
+        assert stored is not None and self.has_fp8(name), name
+        return stored
+
     def get_fp8(self, name: str) -> tuple[Tensor, Tensor]:
         """The stored 8-bit floats of a weight, and their scales as fp32 ``[out, 1]``."""
-        step, sources = self._steps[name], self._sources(name)
-        stored = self.source.dtype(sources[0])
-        assert stored is not None and self.has_fp8(name), name
+        step = self._steps[name]
         scales = []
-        for source in sources:
+        for source in self._sources(name):
             rows = self.source.table[source].shape[0]
             scale = self.source.get(self._scales[source]) if source in self._scales else torch.ones(())
             scales.append(row_scale(scale, rows).to(self.device))
-        return _make(self.source, self._description, step, {}, stored, self.device), step.apply(scales)
+        weight = _make(self.source, self._description, step, {}, self.fp8_dtype(name), self.device)
+        return weight, step.apply(scales)
 
     def _sources(self, name: str) -> list[str]:
         return [self._description.prefix + source for source in self._steps[name].sources]

@@ -32,6 +32,7 @@ examples:
   flux2 generate --model_version klein-4b --models_dir ComfyUI/models --prompt "a lighthouse at dawn"
   flux2 generate --lora_weight style.safetensors --lora_multiplier 0.8 --prompt "a lighthouse at dawn"
   flux2 convert-lora lora.safetensors for-comfyui.safetensors --to comfy
+  flux2 quantize --dit flux-2-klein-9b.safetensors --output klein-9b-fp8.safetensors --format fp8
   flux2 inspect model.safetensors
 
 `flux2 COMMAND --help` lists the options of a command, for generate with the defaults of every variant."""
@@ -136,6 +137,7 @@ def build_parser(add_commands: AddCommands | None = None) -> argparse.ArgumentPa
     _add_merge_lora(commands, common)
     _add_convert_lora(commands, common)
     _add_extract_lora(commands, common)
+    _add_quantize(commands, common)
 
     download = commands.add_parser("download", parents=[common], help="fetch the weights of a variant")
     download.description = (
@@ -276,6 +278,28 @@ def _add_extract_lora(commands: argparse._SubParsersAction[Any], common: Parser)
     parser.set_defaults(run=_run_extract_lora)
 
 
+def _add_quantize(commands: argparse._SubParsersAction[Any], common: Parser) -> None:
+    parser = commands.add_parser("quantize", parents=[common], help="write a DiT with its blocks in fp8")
+    parser.description = (
+        "Writes a DiT with the weights of its blocks in 8 bits: half the size, and loaded without conversion.\n"
+        "LoRAs are merged in before."
+    )
+    parser.add_argument("--dit", required=True, metavar="PATH", help="DiT: file, shard, index or folder")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the .safetensors file to write")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=("fp8", "fp8-comfy"),
+        help="fp8: a scale for each row, the more precise one; fp8-comfy: a scale for each weight, which ComfyUI reads",
+    )
+    _add_lora_options(parser)
+    parser.add_argument(
+        "--model_version", metavar="NAME", help="a variant, or auto; default: auto, by shapes and names"
+    )
+    _add_device(parser)
+    parser.set_defaults(run=_run_quantize)
+
+
 def _add_conversion_options(parser: argparse.ArgumentParser, default_dtype: str) -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help=f"type to write; default: {default_dtype}")
     parser.add_argument(
@@ -330,6 +354,12 @@ def _run_extract_lora(args: argparse.Namespace) -> int:
     from .lora_command import run_extract_lora
 
     return run_extract_lora(args)
+
+
+def _run_quantize(args: argparse.Namespace) -> int:
+    from .quantize_command import run_quantize
+
+    return run_quantize(args)
 
 
 def _run_download(args: argparse.Namespace) -> int:

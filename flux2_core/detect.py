@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .files import read_json_object
-from .quantization import split_quantisation
+from .quantization import WEIGHT_FORMAT_KEY, Quantisation, has_row_scale, split_quantisation
 from .state_dict import Component, Layout, Step, to_bfl
 from .variants import VARIANTS, Variant
 
@@ -202,8 +202,9 @@ def _detect_component(
         layout = "comfyui"
     scaled = [weight for weight in quantisation.scales if weight in source.table and weight.startswith(prefix)]
     from_comfyui = layout == "bfl" and prefix.endswith("diffusion_model.")
-    shown = "comfyui-scaled-fp8" if scaled else "comfyui" if from_comfyui else layout
-    counts: dict[str, Any] = _counts(source, names, set(scaled))
+    from_here = WEIGHT_FORMAT_KEY in source.metadata
+    shown = "comfyui-scaled-fp8" if scaled and not from_here else "comfyui" if from_comfyui else layout
+    counts: dict[str, Any] = _counts(source, names, quantisation)
     counts["num_bytes"] = sum(entry.num_bytes for name, entry in source.table.items() if name.startswith(prefix))
     what = "a FLUX.2 DiT" if component == "dit" else "a FLUX.2 autoencoder"
     description = FileDescription(kind=component, what=what, layout=shown, names=layout, prefix=prefix, **counts)
@@ -292,7 +293,7 @@ def _detect_text_encoder(source: TensorSource, variants: Mapping[str, Variant]) 
         and variant.text_encoder.num_layers <= len(layers)
     )
     quantisation = split_quantisation(source.names)
-    counts: dict[str, Any] = _counts(source, list(quantisation.weights), set(quantisation.scales))
+    counts: dict[str, Any] = _counts(source, list(quantisation.weights), quantisation)
     named = {"qwen3": "a Qwen3", "mistral": "a Mistral or Llama"}[family]
     return FileDescription(
         kind="text_encoder",
@@ -307,12 +308,17 @@ def _detect_text_encoder(source: TensorSource, variants: Mapping[str, Variant]) 
 PRECISIONS = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "F8_E5M2": "fp8 e5m2"}
 
 
-def _counts(source: TensorSource, names: list[str], scaled: set[str] | frozenset[str] = frozenset()) -> dict[str, Any]:
+def _counts(source: TensorSource, names: list[str], quantisation: Quantisation | None = None) -> dict[str, Any]:
+    scales = quantisation.scales if quantisation else {}
     elements: Counter[str] = Counter()
     for name in names:
         entry = source.table[name]
         precision = PRECISIONS.get(entry.dtype, entry.dtype.lower())
-        elements[f"{precision} scaled" if name in scaled else precision] += entry.num_elements
+        if name in scales:
+            scale = source.table[scales[name]]
+            rows, blocks = has_row_scale(entry.shape, scale.shape), scale.num_elements > 1
+            precision += " scaled" + ("" if not blocks else " by row" if rows else " by block")
+        elements[precision] += entry.num_elements
     total = sum(elements.values())
     # A few norms or counters of another type are not worth a mention.
     shown = [name for name, count in elements.most_common() if count >= total / 1000]

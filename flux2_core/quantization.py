@@ -36,6 +36,8 @@ SQUARE_SIDE = 128
 """Side of the square blocks that share a value of ``weight_scale_inv``, in Qwen's fp8 releases."""
 DEQUANTISE_BYTES = 2**24
 """Weights are multiplied out in fp32 in slices of about this size: a whole fp32 weight would double the peak."""
+WEIGHT_FORMAT_KEY = "flux2_kit.weight_format"
+"""Metadata of a file that was quantised here; ComfyUI does not read its scales per row."""
 MAX_FORMAT_BYTES = 4096
 """A layer's description of its format is a line of JSON."""
 
@@ -95,7 +97,7 @@ def check_format(source: TensorSource, name: str) -> None:
 def has_row_scale(weight_shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> bool:
     """Whether a scale is one for the tensor or one per row, so that `row_scale` can make the latter of it."""
     count = math.prod(scale_shape)
-    return count == 1 or (count == weight_shape[0] and scale_shape[0] == count)
+    return count == 1 or scale_shape[:1] == weight_shape[:1] == (count,)
 
 
 def row_scale(scale: Tensor, rows: int) -> Tensor:
