@@ -1,8 +1,8 @@
-"""Cached datasets that the tests of the recipe share."""
+"""Lets the tests import `lora_training.py`, which lies beside them and is not on importlib mode's path."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # for lora_training.py beside this file
+sys.path.append(str(Path(__file__).parent))
