@@ -154,11 +154,12 @@ def test_a_killed_run_goes_on_from_its_last_save(folder, tmp_path):
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
-def test_two_processes_with_half_the_batch_learn_what_one_learns(folder, tmp_path):
+def test_two_processes_with_half_the_batch_learn_what_one_learns(folder, tmp_path, random_tiny_files):
     half, whole = config_of(folder, tmp_path / "half.toml", 2), config_of(folder, tmp_path / "whole.toml", 4)
-    # Not Adam: it divides gradients by their size, and where that is all rounding, makes noise of it.
+    # Not Adam, which makes noise of gradients that are all rounding; and random weights, since the trained ones of the
+    # bundled model lose ten times as much to rounding on the way back.
     more = ["--max_train_steps", "4", "--save_precision", "fp32", "--optimizer_type", "torch.optim.SGD"]
-    more += ["--learning_rate", "3"]
+    more += ["--learning_rate", "10", "--dit", str(random_tiny_files.dit)]
     for config in (half, whole):
         assert main(["cache", "--dataset_config", str(config), "--device", "cpu"]) == 0
     assert main(options(whole, tmp_path / "one", *more)) == 0
@@ -181,7 +182,7 @@ def test_two_processes_with_half_the_batch_learn_what_one_learns(folder, tmp_pat
             torch.cat([tensor.flatten() for name, tensor in sorted(lora.items()) if factor in name])
             for lora in (one, two)
         )
-        assert expected.norm() > 0.1
+        assert expected.norm() > 0.01
         assert (actual - expected).norm() <= 1e-5 * expected.norm(), factor
 
 
