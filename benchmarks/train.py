@@ -1,0 +1,214 @@
+"""One step of LoRA training: `python benchmarks/train.py [--variant tiny] [--device cpu] [--peer diffusers]`.
+
+Random weights; a step is noise, forward, loss, backward, clipping and AdamW, on cached latents and text. The peer is
+diffusers' transformer with PEFT on the same layers, in the same precision and of the same sizes. Each side runs in a
+process of its own, so that neither sees the other's memory. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from machine import machine_facts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", default="tiny")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--size", type=int, help="side of the picture in pixels; default: the variant's own")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--checkpointing", choices=("none", "blocks", "offload"), help="default: blocks on a GPU")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peer", choices=("diffusers",))
+    parser.add_argument("--side", choices=("ours", "diffusers"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps(measure(options)))
+        return
+    sides = {side: run_side(side) for side in ("ours", *((options.peer,) if options.peer else ()))}
+    print(f"{'':10}{'ms a step':>12}{'spread':>18}{'pictures/s':>12}{'peak GiB':>10}")
+    for side, found in sides.items():
+        spread = f"{found['fastest_ms']:.1f} to {found['slowest_ms']:.1f}"
+        peak = "-" if found["peak_gib"] is None else f"{found['peak_gib']:.2f}"
+        print(f"{side:10}{found['median_ms']:>12.1f}{spread:>18}{found['pictures_per_s']:>12.2f}{peak:>10}")
+    result = {"benchmark": "train", **vars(options), "sides": sides, "ours_ms": sides["ours"]["median_ms"]}
+    if options.peer:
+        result |= {"peer_ms": sides[options.peer]["median_ms"]}
+        result["ratio"] = result["peer_ms"] / result["ours_ms"]
+    print(json.dumps(result | machine_facts()))
+
+
+def run_side(side: str) -> dict:
+    """Measures one side in a new process."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """Median and spread of a step in milliseconds, and the peak of memory."""
+    import torch
+
+    torch.set_num_threads(options.threads)
+    is_gpu = torch.device(options.device).type == "cuda"
+    options.dtype = options.dtype or ("bf16" if is_gpu else "fp32")
+    options.checkpointing = options.checkpointing or ("blocks" if is_gpu else "none")
+    step = {"ours": our_step, "diffusers": diffusers_step}[options.side](options)
+    samples = []
+    for repeat in range(options.repeats + 2):
+        if is_gpu:
+            torch.cuda.synchronize()
+        if is_gpu and repeat == 2:
+            torch.cuda.reset_peak_memory_stats()
+        begin = time.perf_counter()
+        step()
+        if is_gpu:
+            torch.cuda.synchronize()
+        samples.append(1000 * (time.perf_counter() - begin))
+    samples = samples[2:]
+    median = statistics.median(samples)
+    return {
+        "median_ms": median,
+        "fastest_ms": min(samples),
+        "slowest_ms": max(samples),
+        "samples_ms": samples,
+        "pictures_per_s": 1000 * options.batch_size / median,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if is_gpu else peak_of_process(),
+    }
+
+
+def peak_of_process() -> float | None:
+    """Peak resident memory of this process in GiB; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def make_inputs(options: argparse.Namespace) -> dict:
+    """Cached latents and text of one batch, on the device."""
+    import torch
+    from flux2_kit.flux2_core.variants import get_variant
+
+    variant = get_variant(options.variant)
+    side = (options.size or variant.default_size) // 16
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(options.batch_size, 128, side, side, generator=generator)
+    text = torch.randn(
+        options.batch_size, variant.text_encoder.max_tokens, variant.dit.context_dim, generator=generator
+    )
+    return {
+        "variant": variant,
+        "dtype": dtype,
+        "latents": latents.to(options.device),
+        "text": text.to(options.device, dtype),
+    }
+
+
+def our_step(options: argparse.Namespace) -> Callable[[], None]:
+    """A step as `training.lora_recipe` takes it."""
+    import torch
+    from flux2_kit.flux2_core.dit import Flux2DiT
+    from flux2_kit.training.adapters import AdapterConfig, TrainableAdapters
+    from flux2_kit.training.flow_matching import velocity_losses
+    from flux2_kit.training.optimizers import OptimizerConfig, make_optimizer
+
+    inputs = make_inputs(options)
+    with torch.device(options.device):
+        torch.set_default_dtype(inputs["dtype"])
+        dit = Flux2DiT(inputs["variant"].dit).requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+    dit.checkpointing = options.checkpointing
+    adapters = TrainableAdapters(dit, AdapterConfig(rank=options.rank), generator=torch.Generator().manual_seed(0))
+    adapters.attach()
+    parameters = list(adapters.parameters())
+    optimizer = make_optimizer(adapters.parameter_groups(1e-4), OptimizerConfig())
+    latents = inputs["latents"]
+
+    def step() -> None:
+        noise = torch.randn_like(latents)
+        sigma = torch.rand(options.batch_size, device=latents.device)
+        velocity_losses(dit, latents, inputs["text"], noise, sigma).mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def diffusers_step(options: argparse.Namespace) -> Callable[[], None]:
+    """The same with diffusers and PEFT, as their training script does it."""
+    import diffusers
+    import peft
+    import torch
+    from flux2_kit.flux2_core.latents import image_ids, text_ids
+
+    inputs = make_inputs(options)
+    config = inputs["variant"].dit
+    with torch.device(options.device):
+        torch.set_default_dtype(inputs["dtype"])
+        model = diffusers.Flux2Transformer2DModel(
+            num_layers=config.num_double_blocks,
+            num_single_layers=config.num_single_blocks,
+            attention_head_dim=sum(config.rope_axes),
+            num_attention_heads=config.num_heads,
+            joint_attention_dim=config.context_dim,
+            axes_dims_rope=config.rope_axes,
+            guidance_embeds=config.has_guidance_embedder,
+        ).requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+    if options.checkpointing != "none":
+        model.enable_gradient_checkpointing()
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name
+    ]
+    model.add_adapter(peft.LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=targets))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    latents = inputs["latents"]
+    device, side = latents.device, latents.shape[-1]
+    ids, words = image_ids(side, side).to(device), text_ids(inputs["text"].shape[1]).to(device)
+    guidance = torch.ones(options.batch_size, device=device) if config.has_guidance_embedder else None
+    tokens = latents.flatten(2).transpose(1, 2)
+
+    def step() -> None:
+        noise = torch.randn_like(tokens)
+        sigma = torch.rand(options.batch_size, device=device)
+        noisy = (1 - sigma[:, None, None]) * tokens + sigma[:, None, None] * noise
+        with torch.autocast(device.type, inputs["dtype"], enabled=inputs["dtype"] != torch.float32):
+            velocity = model(
+                hidden_states=noisy.to(inputs["dtype"]),
+                encoder_hidden_states=inputs["text"],
+                timestep=sigma,
+                img_ids=ids,
+                txt_ids=words,
+                guidance=guidance,
+                return_dict=False,
+            )[0]
+        torch.nn.functional.mse_loss(velocity.float(), noise - tokens).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
