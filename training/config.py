@@ -21,6 +21,8 @@ class OutputConfig:
     """What is written, when, and how long it is kept."""
 
     output_dir: Path = Path("output")
+    lora_dir: Path | None = None
+    """For the LoRAs alone; None: output_dir."""
     output_name: str = "lora"
     """Begins the name of every file."""
     save_precision: SavePrecision = "bf16"
@@ -56,7 +58,8 @@ class MonitorConfig:
     """What is looked at during training."""
 
     sample_prompts: Path | None = None
-    """A file with a prompt a line and options behind it, as for ``flux2 generate --from_file``."""
+    """A file with a prompt a line and options behind it, as for ``flux2 generate --from_file``. The pictures are made
+    at the end of the run, and before as often as is asked for."""
     sample_every_n_steps: int | None = None
     sample_every_n_epochs: int | None = None
     sample_at_first: bool = False

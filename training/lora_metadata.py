@@ -76,5 +76,5 @@ def _timestep_range(config: TrainConfig) -> str | None:
 def _settings(config: TrainConfig) -> str:
     """All settings as JSON; of paths the last part, and none of where files were written."""
     settings = asdict(config)
-    del settings["output"]["output_dir"], settings["monitor"]["logging_dir"]
+    del settings["output"]["output_dir"], settings["output"]["lora_dir"], settings["monitor"]["logging_dir"]
     return json.dumps(settings, default=lambda value: value.name if isinstance(value, Path) else str(value))

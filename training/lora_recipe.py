@@ -17,13 +17,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from ..flux2_core.checkpoint import load_autoencoder, load_dit
@@ -49,6 +47,7 @@ from .processes import Processes
 from .samples import make_sample, prepare_samples, read_sample_prompts, sample_record
 from .timesteps import loss_weights, noise_generator, schedule_steps, sigmas_from_uniform, uniform_numbers
 from .train_files import TrainFiles
+from .train_progress import SampleCallback, StepCallback, TrainResult, TrainStep
 from .train_resume import check_resume, describe_run
 from .train_state import load_tree, restore_train_state, save_train_state
 
@@ -59,50 +58,6 @@ STATE_FILE = "state.safetensors"
 VALIDATIONS_IN_A_RUN = 10
 SPARE_BYTES = 64 * 2**20
 """Left free on the disk beside what training is going to write."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainStep:
-    """What a step callback is told."""
-
-    step: int
-    """Steps done, from 1."""
-    num_steps: int
-    epoch: int
-    """From 1."""
-    loss: float
-    """Not finite where the step was skipped."""
-    average_loss: float
-    learning_rate: float
-    seconds_per_step: float
-    seconds_left: float
-
-
-@dataclass(kw_only=True)
-class TrainResult:
-    """What a run leaves behind."""
-
-    lora_path: Path | None = None
-    """The last LoRA that was written."""
-    state_path: Path | None = None
-    """Folder to go on from."""
-    num_steps: int = 0
-    """Steps done in all."""
-    stopped: bool = False
-    """Whether it was stopped before its end."""
-    samples: list[Path] = field(default_factory=list)
-    """Sample pictures, oldest first."""
-    metrics_path: Path | None = None
-    curves_path: Path | None = None
-    validation_losses: dict[int, float] = field(default_factory=dict)
-    """By steps done."""
-    num_bad_steps: int = 0
-    """Steps that were skipped since their loss was not finite."""
-
-
-StepCallback = Callable[[TrainStep], None]
-SampleCallback = Callable[[int, Image.Image], None]
-"""Told the steps done and a finished sample picture."""
 
 
 def train_lora(
@@ -162,6 +117,7 @@ class LoraRun:
         self.config, self.dataset, self.files, self.processes = config, dataset, files, processes
         self.variant, self.device = files.variant, processes.device
         self.folder, self.name = config.output.output_dir, config.output.output_name
+        self.lora_folder = config.output.lora_dir or self.folder
 
         # 1. What is trained on, and in which order.
         if not dataset.items:
@@ -188,7 +144,8 @@ class LoraRun:
             check_resume(state, self.description, self.num_steps, resume)
 
         # 2. Sample prompts become embeddings and reference latents; the text encoder is freed again.
-        self.folder.mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder, self.lora_folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self.autoencoder = None
         self.samples = []
         if config.monitor.sample_prompts is not None:
@@ -255,7 +212,7 @@ class LoraRun:
                     self._report(loss, norm, (time.monotonic() - started) / (step + 1 - self.first_step))
                     self._after_step()
         except Stopped:
-            return self._finish(stopped=True)
+            return self._finish(stopped=self.steps_done < self.num_steps)
         except BaseException:
             if self.is_whole and self.steps_done > self.first_step:
                 self._save_state()  # whatever happened, the steps so far are not lost
@@ -360,19 +317,19 @@ class LoraRun:
                 self._save_lora(f"{self.name}-step{step:08d}", "step", step)
             if output.save_state:
                 self._save_state()
-        if due(monitor.sample_every_n_steps, monitor.sample_every_n_epochs):
+        if is_last:  # before the pictures, which may be stopped
+            self._save_lora(self.name, "last", step)
+            if output.save_state or output.save_state_on_train_end:
+                self._save_state()
+        if due(monitor.sample_every_n_steps, monitor.sample_every_n_epochs) or (is_last and self.samples):
             self._sample(step)
 
     def _finish(self, *, stopped: bool) -> TrainResult:
-        """Writes the LoRA, the curves, and the state where it is wanted or the run was stopped."""
-        output, result = self.config.output, self.result
-        if self.steps_done or not stopped:
-            if stopped:
-                self._save_lora(f"{self.name}-step{self.steps_done:08d}", "stopped", self.steps_done)
-            else:
-                self._save_lora(self.name, "last", self.steps_done)
-            if stopped or output.save_state or output.save_state_on_train_end:
-                self._save_state()
+        """Writes the curves, and what a stopped run has so far."""
+        result = self.result
+        if stopped and self.steps_done:
+            self._save_lora(f"{self.name}-step{self.steps_done:08d}", "stopped", self.steps_done)
+            self._save_state()
         self.adapters.detach()
         result.num_steps, result.stopped = self.steps_done, stopped
         if self.metrics is not None:
@@ -447,7 +404,7 @@ class LoraRun:
 
     def _save_lora(self, stem: str, kind: str, number: int) -> None:
         """Writes the LoRA, and deletes those of its kind that are no longer to be kept."""
-        path = self.folder / f"{stem}.safetensors"
+        path = self.lora_folder / f"{stem}.safetensors"
         self.result.lora_path = path
         self.saved.append((kind, number, path.name))
         if self._is_main:
@@ -460,7 +417,7 @@ class LoraRun:
         for entry in [e for e in self.saved if e[0] == kind and e[1] <= number - kept * unit]:
             self.saved.remove(entry)
             if self._is_main:
-                (self.folder / entry[2]).unlink(missing_ok=True)
+                (self.lora_folder / entry[2]).unlink(missing_ok=True)
 
     def _lora(self, name: str) -> Lora:
         """The adapters as a file would give them back."""

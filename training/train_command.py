@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import signal
 import sys
 import threading
@@ -22,13 +21,14 @@ from ..flux2_core.variants import Variant, get_variant
 from .cache import open_cache
 from .dataset import list_dataset
 from .dataset_config import load_dataset_config, read_settings
-from .lora_recipe import TrainResult, TrainStep, train_lora
+from .lora_recipe import train_lora
 from .optimizers import find_optimizer
 from .plots import draw_timesteps
 from .processes import join_processes
 from .timesteps import schedule_steps
 from .train_files import find_train_files
-from .train_options import WITHOUT_EFFECT, train_config
+from .train_options import WITHOUT_EFFECT, flatten_tables, train_config
+from .train_progress import TrainResult, TrainStep, describe_step
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
     path = Path(given["config_file"])
     known = {name for name in vars(args) if name not in ("run", "parser", "debug", "config_file")}
     values: dict[str, Any] = {}
-    for name, value in _flatten(read_settings(path)):
+    for name, value in flatten_tables(read_settings(path)):
         if name not in known:
             raise ValueError(f"{path} sets {name!r}, which is no option of train; `flux2 train --help` lists them")
         if name in values:
@@ -163,14 +163,6 @@ def progress_bar(is_shown: bool) -> Iterator[Callable[[TrainStep], None]]:
         yield show
 
 
-def describe_step(step: TrainStep) -> str:
-    """One line about a step, for logs and nodes."""
-    loss = f"{step.average_loss:.4f}" if math.isfinite(step.average_loss) else "not finite"
-    minutes, seconds = divmod(round(step.seconds_left), 60)
-    rate = 1 / step.seconds_per_step if step.seconds_per_step else math.inf
-    return f"step {step.step}/{step.num_steps}, loss {loss}, {rate:.2f} steps/s, {minutes}:{seconds:02d} left"
-
-
 def report(result: TrainResult) -> None:
     """Tells what was written, one path a line on stdout."""
     for path in (result.lora_path, result.curves_path):
@@ -189,11 +181,3 @@ def report(result: TrainResult) -> None:
         logger.warning("%d steps were skipped: their loss was not finite", result.num_bad_steps)
     if result.stopped and result.state_path is not None:
         logger.warning("stopped after step %d; go on with --resume %s", result.num_steps, result.state_path)
-
-
-def _flatten(table: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in table.items():
-        if isinstance(value, dict):
-            yield from _flatten(value)
-        else:
-            yield name, value

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -92,7 +92,11 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("no_metadata", "output.no_metadata", "leave the metadata out"),
     ),
     "what is looked at": (
-        Option("sample_prompts", "monitor.sample_prompts", "file of prompts, as for `flux2 generate --from_file`"),
+        Option(
+            "sample_prompts",
+            "monitor.sample_prompts",
+            "file of prompts for `flux2 generate --from_file`, made at the end",
+        ),
         Option("sample_every_n_steps", "monitor.sample_every_n_steps", "make the sample pictures so often"),
         Option("sample_every_n_epochs", "monitor.sample_every_n_epochs", "make the sample pictures so often"),
         Option("sample_at_first", "monitor.sample_at_first", "and before the first step"),
@@ -190,6 +194,15 @@ def train_config(values: Mapping[str, Any]) -> TrainConfig:
     if checkpointing is not None:
         settings["checkpointing"] = checkpointing
     return _build(TrainConfig, settings)
+
+
+def flatten_tables(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values of a TOML, whatever sections they stand in."""
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from flatten_tables(value)
+        else:
+            yield name, value
 
 
 def _network_settings(values: Mapping[str, Any]) -> dict[str, Any]:
