@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,6 +47,7 @@ from .fingerprint import (
     identify_autoencoder,
     identify_text_encoder,
 )
+from .read_ahead import read_ahead
 
 NUM_THREADS = 8
 """That look at the headers of cached files."""
@@ -296,8 +296,7 @@ def _check_files(items: Sequence[CachedItem], empty: TextFile, manifests: Manife
     wanted: dict[tuple[Path, str], CacheFile] = {(folder, empty.name): empty for folder in folders}
     for item in items:
         wanted |= {(item.folder, file.name): file for file in (*item.files.all, *item.texts)}
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        states = dict(zip(wanted, pool.map(_state, wanted, wanted.values()), strict=True))
+    states = dict(read_ahead(lambda place: _state(place[0], wanted[place]), wanted, NUM_THREADS))
     if all(state is None for state in states.values()):
         return
     listed: dict[Path, dict[str, set[str]]] = {}
@@ -337,9 +336,10 @@ def _check_files(items: Sequence[CachedItem], empty: TextFile, manifests: Manife
     )
 
 
-def _state(place: tuple[Path, str], file: CacheFile) -> str | None:
+def _state(folder: Path, file: CacheFile) -> str | None:
+    """What is wrong with a file: "missing", "damaged", or None."""
     try:
-        return None if find(place[0], file) else "missing"
+        return None if find(folder, file) else "missing"
     except ValueError:
         return "damaged"
 

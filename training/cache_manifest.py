@@ -15,7 +15,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +24,7 @@ from ..flux2_core.sampling import Stopped
 from .dataset import Dataset, DatasetItem
 from .dataset_config import SubsetConfig
 from .fingerprint import AutoencoderIdentity, EncoderIdentity, TextEncoderIdentity
+from .read_ahead import read_ahead
 
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 512 * 2**20
@@ -217,10 +217,9 @@ def hash_pictures(
             found[path] = before
         else:
             changed.append(path)
-    with ThreadPoolExecutor(max(num_workers, 1)) as pool:
-        for index, (path, picture) in enumerate(zip(changed, pool.map(_hash_picture, changed), strict=True)):
+    with contextlib.closing(read_ahead(_hash_picture, changed, num_workers)) as hashed:
+        for index, (path, picture) in enumerate(hashed):
             if should_stop is not None and should_stop():
-                pool.shutdown(cancel_futures=True)
                 raise Stopped(f"stopped after {index} of {len(changed)} pictures were read")
             found[path] = picture
             if on_progress is not None:
