@@ -304,6 +304,8 @@ class HostBlock(StreamedBlock):
         check_frozen(self.block)
         self.members, self.num_bytes = lay_out(self.block)
         buffer = HostBuffer(self.num_bytes)
+        if self._pinned:
+            buffer.pin()
         with torch.inference_mode(False), torch.no_grad():
             views = [member.view(buffer.bytes) for member in self.members]
             for member, view in zip(self.members, views, strict=True):
@@ -314,8 +316,6 @@ class HostBlock(StreamedBlock):
                 else:
                     member.owner[member.key] = view
         self._buffer = buffer
-        if self._pinned:
-            buffer.pin()
         self.remember()
 
     def pin(self) -> None:

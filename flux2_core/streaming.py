@@ -169,10 +169,16 @@ class BlockStreamer:
                 continue
             streamed = self._streamed.pop(index, None)
             block.__dict__.pop("_apply", None)
-            block.to(self.device)
+            try:
+                block.to(self.device)
+            except BaseException:  # out of memory, with a part of the block on the device
+                if streamed is not None:
+                    self._streamed[index] = self._stream(index)
+                    self._sort()
+                raise
             if streamed is not None:
                 streamed.unpin()
-        self._streamed = dict(sorted(self._streamed.items()))
+        self._sort()
         self._try_fp8()
 
     def unload(self) -> None:
@@ -205,6 +211,9 @@ class BlockStreamer:
         self._streamed = {}
         if self._disk is not None:
             self._disk.close()
+
+    def _sort(self) -> None:
+        self._streamed = dict(sorted(self._streamed.items()))
 
     def _stream(self, index: int) -> StreamedBlock:
         block = self.blocks[index]

@@ -524,6 +524,36 @@ def test_residency_changes_at_run_time():
         assert_equal(dit.state_dict(), state)
 
 
+def test_a_block_that_does_not_fit_on_the_device_stays_streamed(monkeypatch):
+    dit = build()
+    expected, state = sample(dit), copied_state(dit)
+    streamer = stream_dit(dit, "cpu", num_resident=0)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(dit.double_blocks[1].img_mlp, "_apply", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        streamer.set_num_resident(NUM_BLOCKS)
+    monkeypatch.undo()
+    assert list(streamer._streamed) == [1, 2, 3, 4, 5, 6]
+    with delayed(streamer):
+        for _ in range(2):
+            assert torch.equal(sample(dit), expected)
+    streamer.set_num_resident(5)
+    assert torch.equal(sample(dit), expected)
+    assert_equal(dit.state_dict(), state)
+
+
+def test_whether_a_device_multiplies_in_8_bits_is_tried_before_a_block_runs(monkeypatch):
+    tried = []
+    monkeypatch.setattr("flux2_kit.flux2_core.fp8.scaled_mm", tried.append)
+    stream_dit(build(), "cpu", num_resident=0)
+    assert not tried
+    stream_dit(build("fp8"), "cpu", num_resident=0)
+    assert tried == [torch.device("cpu")]
+
+
 def test_closed_it_is_a_plain_model():
     dit = build()
     expected, state = sample(dit), copied_state(dit)
