@@ -29,6 +29,9 @@ Arrival = Callable[[], Event]
 class Transfers:
     """Copies into device buffers; this one is done with each before it goes on."""
 
+    def guard(self, buffer: Tensor) -> None:
+        """Keeps the memory of a target from being used again before all copies are over, should it just be dropped."""
+
     def mark(self) -> Event:
         """The point up to which the computation has been ordered by now."""
         return None
@@ -57,12 +60,16 @@ class CudaTransfers(Transfers):
     """Copies on a stream of their own, beside the computation, without making the host wait.
 
     Two waits keep both apart. A copy waits for the event after the last use of its target (`copy`, ``after``); a block
-    waits for the event after its copy (`wait`). That a source stays until it has been read is up to the caller.
+    waits for the event after its copy (`wait`). That a source that is not pinned by `HostBuffer` stays as it is until
+    it has been read is up to the caller.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
+
+    def guard(self, buffer: Tensor) -> None:
+        buffer.record_stream(self.stream)
 
     def mark(self) -> Event:
         return torch.cuda.current_stream(self.device).record_event()
@@ -122,13 +129,14 @@ class HostBuffer:
         self._unpin.atexit = False  # the system does it, and CUDA may be gone by then
 
     def unpin(self) -> None:
-        """Makes it ordinary memory again; no copy from it may be under way."""
+        """Makes it ordinary memory again, after all copies."""
         if self._unpin is not None:
             self._unpin()
             self._unpin = None
 
 
 def _unregister(address: int) -> None:
+    torch.cuda.synchronize()  # a model that is dropped may have ordered copies of the blocks that would have come next
     cudart: Any = torch.cuda.cudart()
     cudart.cudaHostUnregister(address)
 
@@ -230,7 +238,7 @@ class StreamedBlock:
         """Pins what it holds in host memory."""
 
     def unpin(self) -> None:
-        """Makes that ordinary memory again; nothing may be under way."""
+        """Makes that ordinary memory again."""
 
     def remember(self) -> None:
         """Notes which tensors stand in the modules, and in which state, for `is_unchanged`."""

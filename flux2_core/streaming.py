@@ -161,24 +161,15 @@ class BlockStreamer:
             )
         self.unload()
         wanted = streamed_indices(len(self.blocks), num_resident)
-        for index in wanted:
-            if index not in self._streamed:
-                self._streamed[index] = self._stream(index)
-        for index, block in enumerate(self.blocks):
-            if index in wanted:
-                continue
-            streamed = self._streamed.pop(index, None)
-            block.__dict__.pop("_apply", None)
-            try:
-                block.to(self.device)
-            except BaseException:  # out of memory, with a part of the block on the device
-                if streamed is not None:
+        try:
+            for index in wanted:
+                if index not in self._streamed:
                     self._streamed[index] = self._stream(index)
-                    self._sort()
-                raise
-            if streamed is not None:
-                streamed.unpin()
-        self._sort()
+            for index in range(len(self.blocks)):
+                if index not in wanted:
+                    self._make_resident(index)
+        finally:
+            self._streamed = dict(sorted(self._streamed.items()))
         self._try_fp8()
 
     def unload(self) -> None:
@@ -212,15 +203,24 @@ class BlockStreamer:
         if self._disk is not None:
             self._disk.close()
 
-    def _sort(self) -> None:
-        self._streamed = dict(sorted(self._streamed.items()))
-
     def _stream(self, index: int) -> StreamedBlock:
         block = self.blocks[index]
         pinned = self._pinned and self.device.type == "cuda"
         streamed = HostBlock(block, pinned=pinned) if self._disk is None else self._disk.open_block(index, block)
         block.__dict__["_apply"] = functools.partial(self._apply, block)
         return streamed
+
+    def _make_resident(self, index: int) -> None:
+        block, streamed = self.blocks[index], self._streamed.pop(index, None)
+        block.__dict__.pop("_apply", None)
+        try:
+            block.to(self.device)
+        except BaseException:  # out of memory, with a part of the block on the device
+            if streamed is not None:
+                self._streamed[index] = self._stream(index)
+            raise
+        if streamed is not None:
+            streamed.unpin()
 
     def _try_fp8(self) -> None:
         """As a Linear does when its weight gets to the device, which a streamed one's never does as far as it sees."""
@@ -355,6 +355,8 @@ class BlockStreamer:
             num_bytes = self.ring_bytes // max(1, num_slots)
             with torch.inference_mode(False):
                 buffers = [torch.empty(num_bytes, dtype=torch.uint8, device=self.device) for _ in range(num_slots)]
+            for buffer in buffers:
+                self._transfers.guard(buffer)
             self._slots = [Slot(buffer=buffer, free=self._transfers.mark()) for buffer in buffers]
         return self._slots
 
