@@ -21,6 +21,7 @@ from .autoencoder import AutoencoderConfig, Flux2Autoencoder
 from .detect import FileDescription, component_steps, describe_other, detect, resolve_variant
 from .dit import Flux2DiT
 from .files import write_safetensors
+from .host_memory import trim_host_memory
 from .linear import FORMATS, Precision, WeightFormat, split_precision
 from .quantization import (
     FLOAT8_DTYPES,
@@ -110,6 +111,8 @@ def _load_dit(reader: DiTReader, weight_format: WeightFormat | None, merge: Sequ
         else:
             state[name] = tensor.to(reader.dtype)
         del tensor  # before the next one is read
+        if format_of_layer:
+            trim_host_memory()
     state |= {name: tensor for name, tensor in dit.state_dict().items() if not tensor.is_meta}
     dit.load_state_dict(state, strict=True, assign=True)
     return dit.requires_grad_(False).eval()

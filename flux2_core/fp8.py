@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
-SLICE_BYTES = 2**24
+SLICE_BYTES = 2**22
 """Weights are quantised through fp32 slices of about this size, so that no fp32 copy of a layer is made."""
 MULTIPLE = 16
 """`torch._scaled_mm` takes matrices whose sides are multiples of this."""

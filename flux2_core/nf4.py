@@ -14,6 +14,8 @@ from torch import Tensor
 
 BLOCK = 64
 """Weights that share a scale; they follow each other through the rows of the matrix."""
+SLICE = 2**20
+"""Weights are quantised so many at a time: on the CPU, bitsandbytes takes 12 bytes and more for each of them."""
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,9 +25,17 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: bitsandbytes cannot be used.
     """
     assert weight.shape[1] % 2 == 0, weight.shape
-    weight = weight if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) else weight.float()
-    packed, state = _functional().quantize_4bit(weight.reshape(-1), blocksize=BLOCK, quant_type="nf4")
-    return packed.view(weight.shape[0], weight.shape[1] // 2), state.absmax.to(torch.bfloat16)
+    functional = _functional()
+    numbers = weight.reshape(-1)
+    packed = torch.empty(weight.shape[0], weight.shape[1] // 2, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(-(-numbers.numel() // BLOCK), dtype=torch.bfloat16, device=weight.device)
+    for begin in range(0, numbers.numel(), SLICE):
+        part, state = functional.quantize_4bit(
+            numbers[begin : begin + SLICE].float(), blocksize=BLOCK, quant_type="nf4"
+        )
+        packed.view(-1)[begin // 2 : begin // 2 + part.numel()] = part.view(-1)
+        scale[begin // BLOCK : begin // BLOCK + state.absmax.numel()] = state.absmax
+    return packed, scale
 
 
 def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

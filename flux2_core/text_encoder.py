@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import read_json_object
+from .host_memory import trim_host_memory
 from .linear import FORMATS, Linear, Precision, WeightFormat, split_precision
 from .quantization import (
     FLOAT8_DTYPES,
@@ -413,6 +414,7 @@ def _load_weights(
     for name, linear in quantised.items():
         assert weight_format is not None
         linear.set_quantised(weight_format, *weights.get_quantised(name, weight_format, device))
+        trim_host_memory()
     state |= {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     model.load_state_dict(state, strict=True, assign=True)
     model.rotary_emb.to(device)
