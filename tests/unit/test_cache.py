@@ -20,12 +20,12 @@ from flux2_kit.flux2_core.checkpoint import load_autoencoder
 from flux2_kit.flux2_core.images import image_to_tensor, load_image
 from flux2_kit.flux2_core.pipeline import encode_prompt, encode_references
 from flux2_kit.flux2_core.sampling import Stopped
-from flux2_kit.flux2_core.text_encoder import load_text_encoder
+from flux2_kit.flux2_core.text_encoder import TextEncoder, load_text_encoder
 from flux2_kit.flux2_core.variants import VARIANTS
 from flux2_kit.flux2_core.weights import find_weights
 from flux2_kit.training import cache_encoders, encode
 from flux2_kit.training.buckets import fit_target
-from flux2_kit.training.cache import CachedDataset, open_cache
+from flux2_kit.training.cache import CachedDataset, CachedItem, open_cache
 from flux2_kit.training.cache_manifest import prune_cache
 from flux2_kit.training.cache_plan import plan_pictures, sources
 from flux2_kit.training.dataset import Dataset, list_dataset
@@ -223,6 +223,25 @@ def test_a_batch_of_captions_only_when_asked_for(filled):
     torch.testing.assert_close(text, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_captions_go_one_by_one_unless_asked_for(filled, monkeypatch):
+    counts = []
+
+    class Recorder(TextEncoder):
+        def encode(self, prompts):
+            counts.append(len(prompts))
+            return super().encode(prompts)
+
+    def load(*arguments, **settings):
+        loaded = load_text_encoder(*arguments, **settings)
+        return Recorder(loaded.model, loaded.tokenizer, loaded.config)
+
+    monkeypatch.setattr(cache_encoders, "load_text_encoder", load)
+    for batch_size in (None, 3):
+        options = CacheOptions(batch_size=batch_size, skip_existing=False)
+        cache_text(listing(filled), TEXT_ENCODER, TINY.text_encoder, options)
+    assert counts == [1, 1, 1, 1, 3, 1]
+
+
 def test_batches_of_pictures_are_close_to_single_ones(filled):
     dataset = listing(filled)
     single = {name: load_file(filled / "flux2_cache" / name)["latents"] for name in cached_files(filled, "latents")}
@@ -307,7 +326,9 @@ def test_an_edited_caption_encodes_only_that_caption(filled):
     dataset = listing(filled)
     with pytest.raises(ValueError, match=r"3 pictures: 1 with an edited caption \(b.png\).*flux2 cache"):
         opened(dataset)
-    assert fill(dataset) == (0, 1)
+    told = []
+    assert fill(dataset, on_progress=lambda *state: told.append(state)) == (0, 1)
+    assert told == [("captions encoded", 1, 1)]
     opened(dataset)
 
 
@@ -673,7 +694,9 @@ def test_a_read_only_folder(folder, monkeypatch):
     fill(dataset)
     cache.chmod(0o555)
     monkeypatch.setattr(encode, "write_safetensors", None)
+    times = [path.stat().st_mtime_ns for path in sorted(cache.iterdir())]
     assert fill(dataset) == (0, 0)  # a whole cache is used as it is
+    assert [path.stat().st_mtime_ns for path in sorted(cache.iterdir())] == times
     assert len(opened(dataset).items) == 3
     cache.chmod(0o755)
 
@@ -752,6 +775,25 @@ def test_batches_are_halved_until_they_fit(folder, monkeypatch, num_fitting, bat
     monkeypatch.setattr(cache_encoders, "load_autoencoder", lambda *_, **__: fake)
     assert cache_latents(dataset, AUTOENCODER, CacheOptions(batch_size=8)).num_encoded == 9
     assert fake.batches == batches
+
+
+def test_pictures_of_one_size_go_together(folder, monkeypatch):
+    for seed in range(3, 7):
+        draw(folder / f"p{seed}.png", seed, (90, 70) if seed % 2 else (70, 90))
+        (folder / f"p{seed}.txt").write_text("x")
+    fake = FakeAutoencoder(10**9)
+    monkeypatch.setattr(cache_encoders, "load_autoencoder", lambda *_, **__: fake)
+    dataset = listing(folder, resolution=(96, 96))
+    assert cache_latents(dataset, AUTOENCODER, CacheOptions(batch_size=8)).num_encoded == 7
+    assert sorted(fake.batches) == [2, 5]
+    for cached in open_latents(dataset):
+        picture = image_to_tensor(fit_target(load_image(cached.item.image), cached.item.bucket))
+        assert torch.equal(load_file(cached.folder / cached.files.latents.name)["latents"], fake.encode(picture)[0])
+
+
+def open_latents(dataset: Dataset) -> tuple[CachedItem, ...]:
+    cache_text(dataset, TEXT_ENCODER, TINY.text_encoder)
+    return opened(dataset).items
 
 
 def test_memory_for_nothing_at_all(folder, monkeypatch):
