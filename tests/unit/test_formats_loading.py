@@ -23,6 +23,7 @@ from flux2_kit.flux2_core.state_dict import convert
 from flux2_kit.flux2_core.variants import VARIANTS
 from flux2_kit.flux2_core.weights import TINY_FILES, TINY_FOLDER
 from flux2_kit.training.tiny.evaluate import judge
+from flux2_kit.training.tiny.pictures import Scene
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -258,7 +259,7 @@ print(memory("VmHWM") - before, sum(tensor.nbytes for tensor in dit.state_dict()
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize("precision", FORMAT_NAMES)
 def test_the_peak_is_the_result_and_one_layer(tmp_path, precision):
-    fields = {"hidden_size": 768, "num_heads": 6, "num_double_blocks": 1, "num_single_blocks": 16, "context_dim": 64}
+    fields = {"hidden_size": 768, "num_heads": 6, "num_double_blocks": 1, "num_single_blocks": 10, "context_dim": 64}
     config = DiTConfig(**fields, has_guidance_embedder=False)
     largest = 9 * 768**2 * 2  # linear1 in bf16
     path = tmp_path / "klein-4b.safetensors"
@@ -279,34 +280,24 @@ def test_the_peak_is_the_result_and_one_layer(tmp_path, precision):
 # The bundled model
 
 
-@pytest.fixture(scope="module")
-def requests() -> list[tuple[GenerateRequest, str]]:
-    prompts = {
-        "a large red circle at the top left on a blue background": "circle",
-        "a small green square at the bottom right on a white background": "square",
-    }
-    return [
-        (GenerateRequest(prompt=prompt, sampling=SamplingConfig(seed=seed)), kind)
-        for seed, (prompt, kind) in enumerate(prompts.items())
-    ]
+REQUEST = GenerateRequest(
+    prompt="a large red circle at the top left on a blue background", sampling=SamplingConfig(seed=0)
+)
 
 
 @pytest.fixture(scope="module")
-def pictures(requests) -> list[Generation]:
-    pipeline = load_pipeline("tiny", dtype=torch.float32)
-    return [pipeline.generate(request) for request, _ in requests]
+def picture() -> Generation:
+    return load_pipeline("tiny", dtype=torch.float32).generate(REQUEST)
 
 
 @pytest.mark.parametrize(
     ("precision", "mode", "limit"), [("fp8", None, 0.06), ("fp8", "rows", 0.18), ("nf4", None, 0.25)]
 )
-def test_pictures_of_the_bundled_model_stay_right(requests, pictures, monkeypatch, precision, mode, limit):
+def test_pictures_of_the_bundled_model_stay_right(picture, monkeypatch, precision, mode, limit):
     monkeypatch.setitem(fp8._scaled_mm, -1, mode)  # activations in 8 bits as well, as on a GPU
     pipeline = load_pipeline("tiny", dtype=torch.float32)
     pipeline.dit, _ = load_dit(TINY_DIT, "tiny", torch.float32, precision=precision)
-    for (request, kind), expected in zip(requests, pictures, strict=True):
-        result = pipeline.generate(request)
-        assert 1e-3 < relative(result.latents, expected.latents) < limit
-        (scene,) = judge(image_to_tensor(result.images[0]) / 2 + 0.5)
-        (wanted,) = judge(image_to_tensor(expected.images[0]) / 2 + 0.5)
-        assert scene == wanted and scene.kind == kind
+    result = pipeline.generate(REQUEST)
+    assert limit / 4 < relative(result.latents, picture.latents) < limit
+    (scene,) = judge(image_to_tensor(result.images[0]) / 2 + 0.5)
+    assert scene == Scene(kind="circle", color="red", size="large", position="top left", background="blue")
