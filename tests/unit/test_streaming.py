@@ -507,6 +507,21 @@ def test_types_change_as_in_a_resident_model():
     assert streamer.ring_bytes < 0.6 * size
 
 
+def test_moved_to_another_device_streamed_blocks_stay_in_host_memory():
+    dit = build()
+    streamer = stream_dit(dit, "cpu", num_resident=3)
+    sample(dit)
+    state = copied_state(dit)
+    dit.to("meta")
+    assert streamer.device == dit.device == torch.device("meta")
+    assert streamer._slots is None, "the ring is still there"
+    for index, block in enumerate(blocks_of(dit)):
+        devices = {tensor.device.type for tensor in block.parameters()}
+        assert devices == {"cpu" if index in streamed_indices(NUM_BLOCKS, 3) else "meta"}
+    for name, tensor in dit.state_dict().items():
+        assert tensor.is_meta or torch.equal(tensor, state[name])
+
+
 def test_residency_changes_at_run_time():
     dit = build("bf16")
     expected, state = sample(dit), copied_state(dit)

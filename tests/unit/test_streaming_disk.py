@@ -170,13 +170,16 @@ def test_a_buffer_is_read_into_only_when_the_copy_from_it_is_over(tmp_path):
     class Slow(Transfers):
         """A copy happens when someone waits for it, or not at all."""
 
+        lock = threading.Lock()
+
         def copy(self, target, source, after):
             return [target, source]
 
         def wait_on_host(self, event):
-            if event:
-                super().copy(*event, None)
-                event.clear()
+            with self.lock:
+                if event:
+                    super().copy(*event, None)
+                    event.clear()
 
         wait = wait_on_host
 
@@ -224,7 +227,7 @@ def test_a_file_that_changes_is_noticed_at_the_next_block(tmp_path, change):
 def test_a_change_while_a_block_is_read_is_noticed(tmp_path, monkeypatch):
     dit = build()
     path = save(tmp_path, dit)
-    stream_dit(dit, "cpu", num_resident=0, file=path)
+    stream_dit(dit, "cpu", num_resident=NUM_BLOCKS - 1, file=path)  # there is no next block that would notice
     original = disk_tier._read_into
 
     def read_into(*arguments):
