@@ -60,7 +60,7 @@ def parse_prompt_line(line: str) -> PromptLine:
         ValueError: an unknown option, one that is given twice, or a value of another kind.
     """
     matches = list(OPTION.finditer(line))
-    ends = [match.start() for match in matches[1:]] + [len(line)]
+    ends = [*(match.start() for match in matches[1:]), len(line)][: len(matches)]
     fields: dict[str, Any] = {}
     references: list[str] = []
     for match, end in zip(matches, ends, strict=True):

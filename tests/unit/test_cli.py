@@ -231,6 +231,7 @@ def test_prompt_lines():
         flow_shift=3.0,
         references=("a b.png", "c.png"),
     )
+    assert parse_prompt_line("a fox - or two -- in snow") == PromptLine(prompt="a fox - or two -- in snow")
     assert parse_prompt_line("--d 3") == PromptLine(prompt="", seed=3)
     assert parse_prompt_line("x --n") == PromptLine(prompt="x", negative_prompt="")
     assert list(prompt_lines(["# no", "", " one ", "two"])) == [(3, "one"), (4, "two")]
