@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from .conditioning import EncodePrompt, EncodeReference
+from .datasets import CacheDataset
 from .loaders import LoadAutoencoder, LoadDiT, LoadTextEncoder
 from .lora import ApplyLoRA, SaveMergedDiT
 from .sampling import Decode, Sample
+from .training import TrainLoRA
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {
     "Flux2KitLoadDiT": LoadDiT,
@@ -17,6 +19,8 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "Flux2KitDecode": Decode,
     "Flux2KitApplyLoRA": ApplyLoRA,
     "Flux2KitSaveMergedDiT": SaveMergedDiT,
+    "Flux2KitCacheDataset": CacheDataset,
+    "Flux2KitTrainLoRA": TrainLoRA,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
@@ -29,4 +33,6 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "Flux2KitDecode": "FLUX.2 Decode",
     "Flux2KitApplyLoRA": "FLUX.2 Apply LoRA",
     "Flux2KitSaveMergedDiT": "FLUX.2 Save Merged DiT",
+    "Flux2KitCacheDataset": "FLUX.2 Cache Dataset",
+    "Flux2KitTrainLoRA": "FLUX.2 Train LoRA",
 }

@@ -6,7 +6,11 @@ and elsewhere importing them would fail or set up a device. Without them every f
 
 from __future__ import annotations
 
+import gc
+import math
 import sys
+import time
+from collections.abc import Sequence
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from PIL import Image
 from ..flux2_core.tensor_source import SHARD
 from ..flux2_core.variants import get_variant
 from ..flux2_core.weights import WeightsComponent, find_weights
+from ..training.dataset_paths import is_inside
 
 CATEGORY = "FLUX.2 Kit"
 BUNDLED = "tiny (bundled)"
@@ -33,7 +38,12 @@ NO_LORA = "none"
 FALLBACK_MODELS_DIR = Path("models")
 """Searched where there is no ComfyUI."""
 FALLBACK_OUTPUT_DIR = Path("output")
+FALLBACK_INPUT_DIR = Path("input")
+DATASET_KIND = "datasets"
+OWN_FOLDER = "flux2_kit"
+"""Of what training writes, in the folders for output and LoRAs; and of the bundled dataset, in the one for input."""
 SUFFIXES = (".safetensors", ".sft")
+SECONDS_BETWEEN_TEXTS = 0.25
 PREVIEW_SIDE = 512
 """Previews are shown at this size, in pixels."""
 
@@ -94,7 +104,7 @@ def free_output_path(prefix: str, suffix: str) -> Path:
         ValueError: the prefix has no file name, or leads out of the folder.
     """
     folder_paths = _loaded("folder_paths")
-    root = Path(folder_paths.get_output_directory() if folder_paths is not None else FALLBACK_OUTPUT_DIR).resolve()
+    root = output_directory().resolve()
     plain = prefix.replace("\\", "/")
     wanted = root / plain
     if not plain.strip() or plain.endswith("/") or "\0" in plain or not wanted.resolve().is_relative_to(root):
@@ -113,6 +123,57 @@ def free_output_path(prefix: str, suffix: str) -> Path:
     return path
 
 
+def input_directory() -> Path:
+    """Where pictures come from."""
+    folder_paths = _loaded("folder_paths")
+    return Path(folder_paths.get_input_directory()) if folder_paths is not None else FALLBACK_INPUT_DIR
+
+
+def output_directory() -> Path:
+    """Where results go."""
+    folder_paths = _loaded("folder_paths")
+    return Path(folder_paths.get_output_directory()) if folder_paths is not None else FALLBACK_OUTPUT_DIR
+
+
+def dataset_directories() -> list[Path]:
+    """Where datasets may lie: the input folder, and what extra_model_paths.yaml names as datasets."""
+    folder_paths = _loaded("folder_paths")
+    known = getattr(folder_paths, "folder_names_and_paths", {})
+    extra = folder_paths.get_folder_paths(DATASET_KIND) if folder_paths is not None and DATASET_KIND in known else []
+    return [input_directory(), *map(Path, extra)]
+
+
+def lora_directory() -> Path:
+    """ComfyUI's first folder of LoRAs."""
+    if (folder_paths := _loaded("folder_paths")) is None:
+        return FALLBACK_MODELS_DIR / LORA_KIND
+    return Path(folder_paths.get_folder_paths(LORA_KIND)[0])
+
+
+def find_inside(folders: Sequence[Path], text: str, what: str) -> Path:
+    """The file or folder that a widget names, by its path in one of the folders, or by a whole path into one of them.
+
+    Raises:
+        ValueError: there is none, or it lies elsewhere once links are followed: workflows may be anyone's.
+    """
+    named, shown = Path(text.strip()), " or ".join(map(str, folders))
+    roots = [folder.resolve() for folder in folders]
+    # What lies elsewhere is not looked at: on Windows even that could call on another machine.
+    if not text.strip() or "\0" in text:
+        candidates = []
+    elif named.drive or named.root:
+        candidates = [named] if any(named.is_relative_to(folder) for folder in (*folders, *roots)) else []
+    else:
+        candidates = [folder / named for folder in folders]
+    allowed = [path for path in candidates if is_inside(path, roots)]
+    if not allowed:
+        raise ValueError(f"{what} is {text!r}, which is no place in {shown}; move it in there and give its name")
+    for path in allowed:
+        if path.exists():
+            return path
+    raise ValueError(f"{what}: nothing is called {text!r} in {shown}; check the name")
+
+
 def tokenizer_directories() -> list[Path]:
     """ComfyUI's own copy of Qwen's vocabulary; ComfyUI's Qwen3 files come without a tokenizer."""
     file = getattr(_loaded("folder_paths"), "__file__", None)
@@ -126,6 +187,11 @@ def weight_files(path: Path) -> list[Path]:
     if shard := SHARD.fullmatch(path.name):
         return sorted(path.parent.glob(f"{escape(shard['stem'])}-*-of-{shard['count']}.safetensors"))
     return [path]
+
+
+def num_bytes(path: Path) -> int:
+    """Size of the weights behind a path."""
+    return sum(file.stat().st_size for file in weight_files(path))
 
 
 def fingerprint(path: Path) -> str:
@@ -145,6 +211,13 @@ def make_room(num_bytes: int) -> None:
     """Lets ComfyUI unload models of its own before ours take this much memory of the device."""
     if (management := _loaded("comfy.model_management")) is not None:
         management.free_memory(num_bytes, management.get_torch_device())
+
+
+def release_memory() -> None:
+    """Gives back to the device what ended networks have left."""
+    gc.collect()
+    if (management := _loaded("comfy.model_management")) is not None:
+        management.soft_empty_cache()
 
 
 def should_stop() -> bool:
@@ -172,6 +245,20 @@ class Progress:
         if self.bar is not None:
             shown = ("JPEG", preview, PREVIEW_SIDE) if preview is not None else None
             self.bar.update_absolute(done, self.total, preview=shown)
+
+
+class LiveText:
+    """A line of text on a node that changes all the time: not every one is sent."""
+
+    def __init__(self, node_id: str | None) -> None:
+        self.node_id = node_id
+        self.sent = -math.inf
+
+    def show(self, text: str, *, is_last: bool) -> None:
+        """Shows a line, unless the one before is still new; the last one is always shown."""
+        if is_last or time.monotonic() - self.sent >= SECONDS_BETWEEN_TEXTS:
+            self.sent = time.monotonic()
+            show_text(text, self.node_id)
 
 
 def show_text(text: str, node_id: str | None) -> None:

@@ -181,7 +181,7 @@ def _load_once(
     key = (component, host.fingerprint(path), precision, str(device), *settings)
     if (found := _in_use.get(key)) is not None:
         return found
-    host.make_room(sum(file.stat().st_size for file in host.weight_files(path)))
+    host.make_room(host.num_bytes(path))
     # ComfyUI runs nodes in inference mode; weights made there could never be trained on.
     with torch.inference_mode(False):
         loaded = load(str(path), dtype=PRECISIONS[precision], device=device)

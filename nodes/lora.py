@@ -7,7 +7,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..flux2_core.lora import LoraSetting, apply_loras, remove_loras, save_merged_dit
@@ -16,6 +17,13 @@ from . import host
 from .loaders import PRECISIONS, LoadedDiT
 
 MAX_STRENGTH = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFile:
+    """What goes over a FLUX2_LORA link."""
+
+    path: Path
 
 
 class ApplyLoRA:
@@ -69,6 +77,10 @@ class ApplyLoRA:
                         "encoder. Off: they are an error.",
                     },
                 ),
+                "lora": (
+                    "FLUX2_LORA",
+                    {"tooltip": f"A LoRA from FLUX.2 Train LoRA, in place of a file; lora_name is {host.NO_LORA}."},
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -104,14 +116,21 @@ class ApplyLoRA:
         include: str = "",
         exclude: str = "",
         allow_unmatched: bool = False,
+        lora: LoraFile | None = None,
         unique_id: str | None = None,
     ) -> tuple[LoadedDiT]:
         path = host.lora_path(lora_name)
+        if lora is not None and path is not None:
+            raise ValueError(
+                f"lora_name is {lora_name!r}, and {lora.path.name} is connected to lora as well; choose "
+                f"{host.NO_LORA!r}, or disconnect lora and use a second FLUX.2 Apply LoRA for it"
+            )
+        path = path if lora is None else lora.path
         if path is None:
             host.show_text("no LoRA", unique_id)
             return (dit,)
-        lora = read_lora(path, dit.variant.dit, allow_unmatched=allow_unmatched)
-        setting = LoraSetting(lora=lora, strength=strength, include=patterns(include), exclude=patterns(exclude))
+        read = read_lora(path, dit.variant.dit, allow_unmatched=allow_unmatched)
+        setting = LoraSetting(lora=read, strength=strength, include=patterns(include), exclude=patterns(exclude))
         setting.layer_strengths()  # refused on this node and not in Sample
         host.show_text(describe(setting), unique_id)
         return (replace(dit, loras=(*dit.loras, setting)),)

@@ -151,15 +151,7 @@ def identify_text_encoder(
             f"{source.path} is {description.what}, but this FLUX.2 model needs {config.tokenizer_id} "
             f"({config.family} of width {config.hidden_size})"
         )
-    embedded = source.get("tekken_model") if "tekken_model" in source.table else None
-    prompt_tokenizer = find_tokenizer(
-        config.family,
-        explicit=None if tokenizer is None else Path(tokenizer),
-        embedded=None if embedded is None else embedded.numpy().tobytes(),
-        directories=(source.folder, source.folder / "tokenizer", source.folder.parent / "tokenizer"),
-        repository=config.tokenizer_id,
-        vocab_size=embedding.shape[0],
-    )
+    prompt_tokenizer = read_tokenizer_of(source, config, tokenizer=tokenizer, vocab_size=embedding.shape[0])
     parts = {
         f"{name.removeprefix(prefix)} {entry.shape}": entry
         for name, entry in source.table.items()
@@ -174,6 +166,35 @@ def identify_text_encoder(
         family=config.family,
         context_dim=config.context_dim,
         max_tokens=config.max_tokens,
+    )
+
+
+def read_tokenizer_of(
+    source: TensorSource,
+    config: TextEncoderConfig,
+    *,
+    tokenizer: str | Path | None = None,
+    vocab_size: int = 2**31,
+) -> PromptTokenizer:
+    """The tokenizer that belongs to a text encoder's weights; no weights are read.
+
+    Args:
+        source: of the text encoder.
+        config: what the DiT needs.
+        tokenizer: as in `load_text_encoder`.
+        vocab_size: ids from here on do not fit; the default takes any.
+
+    Raises:
+        ValueError: there is none, or it is of another model.
+    """
+    embedded = source.get("tekken_model") if "tekken_model" in source.table else None
+    return find_tokenizer(
+        config.family,
+        explicit=None if tokenizer is None else Path(tokenizer),
+        embedded=None if embedded is None else embedded.numpy().tobytes(),
+        directories=(source.folder, source.folder / "tokenizer", source.folder.parent / "tokenizer"),
+        repository=config.tokenizer_id,
+        vocab_size=vocab_size,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from .batches import Draw, Schedule, Step, Trainee, share
 from .cache import CachedDataset, CachedItem, Sample
+from .config import TrainConfig
 from .processes import Processes
 
 Group = list[tuple[Draw, Sample]]
@@ -62,6 +63,22 @@ class StepLoader:
             drop_caption=draw.drop_caption,
             flipped=draw.flipped,
         )
+
+
+def make_schedule(config: TrainConfig, dataset: CachedDataset, num_processes: int = 1) -> Schedule:
+    """The order in which a run takes its pictures."""
+    return Schedule(
+        trainees=[trainee(item, dataset) for item in dataset.items],
+        seed=config.seed,
+        num_processes=num_processes,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+    )
+
+
+def count_steps(config: TrainConfig, schedule: Schedule) -> int:
+    """Steps of the whole run."""
+    epochs = config.max_train_epochs
+    return config.max_train_steps if epochs is None else epochs * schedule.num_steps_per_epoch
 
 
 def trainee(item: CachedItem, dataset: CachedDataset) -> Trainee:

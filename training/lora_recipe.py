@@ -34,11 +34,10 @@ from ..flux2_core.picture_metadata import write_png
 from ..flux2_core.sampling import Stopped
 from ..flux2_core.text_encoder import load_text_encoder
 from .adapters import TrainableAdapters, config_from_lora
-from .batches import Schedule
 from .cache import CachedDataset, Sample
 from .config import TrainConfig
 from .flow_matching import velocity_losses
-from .loader import Group, StepLoader, by_shape, largest_batch, trainee
+from .loader import Group, StepLoader, by_shape, count_steps, largest_batch, make_schedule
 from .lora_metadata import lora_metadata
 from .metrics import MetricsWriter, RunningAverage, open_trackers
 from .optimizers import Ema, effective_rate, evaluation_weights, learning_rate_factor, make_optimizer, set_training
@@ -128,15 +127,9 @@ class LoraRun:
                 self.variant.name,
                 self.variant.name.replace("klein-", "klein-base-").removesuffix("-kv"),
             )
-        self.order = Schedule(
-            trainees=[trainee(item, dataset) for item in dataset.items],
-            seed=config.seed,
-            num_processes=processes.count,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-        )
+        self.order = make_schedule(config, dataset, processes.count)
         self.steps_per_epoch = self.order.num_steps_per_epoch
-        epochs = config.max_train_epochs
-        self.num_steps = config.max_train_steps if epochs is None else epochs * self.steps_per_epoch
+        self.num_steps = count_steps(config, self.order)
         self.description = describe_run(config, dataset, files, processes.count)
         state = None
         if resume is not None:

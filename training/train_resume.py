@@ -41,11 +41,8 @@ def check_resume(state: Any, description: dict[str, Any], num_steps: int, folder
     Raises:
         ValueError: naming everything that differs, with the value then and now.
     """
-    try:
-        before, step = state["extra"]["description"], state["step"]
-    except (KeyError, TypeError):
-        raise ValueError(f"{folder} holds no state of LoRA training; give the folder <output_name>-state") from None
-    if differences := list(_differences(before, description)):
+    step, differences = compare_run(state, description, folder)
+    if differences:
         raise ValueError(
             f"{folder} was written by a run with other settings: {'; '.join(differences)}. Resume with the settings "
             "of then, or start a new run from its LoRA with network_weights"
@@ -55,6 +52,19 @@ def check_resume(state: Any, description: dict[str, Any], num_steps: int, folder
             f"{folder} is at step {step}, and the run ends at {num_steps}; raise max_train_steps or max_train_epochs "
             "to go on"
         )
+
+
+def compare_run(state: Any, description: dict[str, Any], folder: Path) -> tuple[int, list[str]]:
+    """The steps that a state has done, and what differs from now in words, with the value then and now.
+
+    Raises:
+        ValueError: it is no state of LoRA training.
+    """
+    try:
+        before, step = state["extra"]["description"], state["step"]
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder} holds no state of LoRA training; give the folder <output_name>-state") from None
+    return step, list(_differences(before, description))
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

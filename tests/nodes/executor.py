@@ -104,7 +104,8 @@ class Executor:
         links = {name: (signatures[v[0]], v[1]) for name, v in node["inputs"].items() if is_link(v)}
         signature = json.dumps([node["class_type"], constants, links, changed], sort_keys=True)
         signatures[node_id] = signature
-        if node_id in self.cache and self.cache[node_id][0] == signature and not hasattr(node_class, "OUTPUT_NODE"):
+        is_shown_again = node["class_type"] in NATIVE_NODES and hasattr(node_class, "OUTPUT_NODE")
+        if node_id in self.cache and self.cache[node_id][0] == signature and not is_shown_again:
             return self.cache[node_id][1]
         arguments = {name: outputs[v[0]][v[1]] if is_link(v) else v for name, v in node["inputs"].items()}
         for name, hidden in node_class.INPUT_TYPES().get("hidden", {}).items():

@@ -22,11 +22,18 @@ NODE_IDS = [
     "Flux2KitDecode",
     "Flux2KitApplyLoRA",
     "Flux2KitSaveMergedDiT",
+    "Flux2KitCacheDataset",
+    "Flux2KitTrainLoRA",
 ]
 """They stand in people's workflows: names may be added here, never changed."""
 SAMPLING_INPUTS = [
     *("dit", "positive", "width", "height", "num_steps"),
     *("cfg_scale", "guidance", "flow_shift", "seed", "num_images"),
+]
+TRAINING_INPUTS = [
+    *("dataset", "dit_name", "variant", "output_name", "max_train_steps", "learning_rate", "rank", "alpha"),
+    *("optimizer_type", "lr_scheduler", "seed", "save_every_n_steps", "sample_every_n_steps", "sample_prompts"),
+    *("resume", "more_settings"),
 ]
 INPUTS_AND_OUTPUTS = {
     "Flux2KitLoadDiT": (["dit_name", "variant", "precision"], ["FLUX2_DIT"]),
@@ -40,10 +47,18 @@ INPUTS_AND_OUTPUTS = {
     ),
     "Flux2KitDecode": (["ae", "latent", "tiling"], ["IMAGE"]),
     "Flux2KitApplyLoRA": (
-        ["dit", "lora_name", "strength", "include", "exclude", "allow_unmatched"],
+        ["dit", "lora_name", "strength", "include", "exclude", "allow_unmatched", "lora"],
         ["FLUX2_DIT"],
     ),
     "Flux2KitSaveMergedDiT": (["dit", "filename_prefix", "precision"], ["STRING"]),
+    "Flux2KitCacheDataset": (
+        ["dataset", "ae_name", "text_encoder_name", "variant", "resolution"],
+        ["FLUX2_DATASET", "IMAGE", "STRING"],
+    ),
+    "Flux2KitTrainLoRA": (
+        TRAINING_INPUTS,
+        ["FLUX2_LORA", "STRING", "IMAGE", "IMAGE", "INT"],
+    ),
 }
 """Widget values are saved by position: inputs may be added at the end, never moved."""
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from flux2_kit.training.metrics import read_metrics
 
 FOLDER = Path(__file__).parents[2] / "example_workflows"
-NAMES = ["text_to_image_tiny", "reference_edit_tiny", "text_to_image_klein-4b", "text_to_image_dev"]
+NAMES = ["text_to_image_tiny", "reference_edit_tiny", "train_lora_tiny", "text_to_image_klein-4b", "text_to_image_dev"]
 
 
 def read(name: str) -> tuple[dict, dict]:
@@ -126,6 +127,28 @@ def test_reference_edit_runs_and_a_second_queue_does_nothing_twice(executor):
     assert all(images.shape == (1, 64, 64, 3) for images in first.values()) and len(first) == 2
     assert set(executor.executed) == set(api)
 
+    executor.run(api)
+    assert {api[node_id]["class_type"] for node_id in executor.executed} == {"PreviewImage", "SaveImage"}
+
+
+def test_a_lora_is_trained_applied_and_changes_the_picture(executor, host, tmp_path, monkeypatch):
+    from flux2_kit.nodes.host import bundled_path
+
+    monkeypatch.setattr(host, "bundled_path", bundled_path)  # random weights learn nothing in so few steps
+    for name in ("INPUT", "OUTPUT", "MODELS"):
+        monkeypatch.setattr(host, f"FALLBACK_{name}_DIR", tmp_path / name.lower())
+    api = shortened(read("train_lora_tiny")[1])
+    ids = {node["class_type"]: node_id for node_id, node in api.items()}
+    api[ids["Flux2KitTrainLoRA"]]["inputs"] |= {"max_train_steps": 8, "sample_every_n_steps": 4}
+    outputs = executor.run(api)
+    sheet, curves, samples, before, after = executor.images.values()
+    assert sheet.shape[2] == 1600 and curves.shape[3] == 3 and samples.shape == (2, 64, 64, 3)
+    assert before.shape == after.shape == (4, 64, 64, 3) and (after - before).abs().mean() > 0.01
+    _, name, _, _, steps = outputs[ids["Flux2KitTrainLoRA"]]
+    assert (Path(name), steps) == (Path("flux2_kit/tiny_style.safetensors"), 8)
+    records = read_metrics(tmp_path / "output" / "flux2_kit" / "tiny_style" / "tiny_style-metrics.jsonl")
+    losses = [record["validation_loss"] for record in records if "validation_loss" in record]
+    assert losses[-1] < 0.8 * losses[0]
     executor.run(api)
     assert {api[node_id]["class_type"] for node_id in executor.executed} == {"PreviewImage", "SaveImage"}
 

@@ -15,6 +15,7 @@ from flux2_kit import NODE_CLASS_MAPPINGS
 from flux2_kit.flux2_core.variants import MISTRAL_SMALL, QWEN3_4B, VARIANTS
 from flux2_kit.flux2_core.weights import AUTOENCODER_NAMES, TEXT_ENCODER_NAMES
 from flux2_kit.nodes.host import BUNDLED
+from flux2_kit.training.tiny.styles import STYLE
 
 FOLDER = Path(__file__).parents[2] / "example_workflows"
 NODE_CLASSES: dict[str, Any] = {**NATIVE_NODES, **NODE_CLASS_MAPPINGS}
@@ -35,6 +36,9 @@ WIDTHS = {
     "Flux2KitEncodeReference": 300,
     "Flux2KitSample": 320,
     "Flux2KitDecode": 240,
+    "Flux2KitCacheDataset": 420,
+    "Flux2KitTrainLoRA": 460,
+    "Flux2KitApplyLoRA": 320,
 }
 
 
@@ -73,13 +77,17 @@ class Workflow:
 
 @dataclass(frozen=True)
 class Link:
-    """The first output of a node."""
+    """An output of a node."""
 
     node_id: str
+    slot: int = 0
 
     @property
     def api(self) -> list[Any]:
-        return [self.node_id, 0]
+        return [self.node_id, self.slot]
+
+    def output(self, slot: int) -> Link:
+        return Link(self.node_id, slot)
 
 
 def text_to_image_tiny() -> Workflow:
@@ -114,6 +122,39 @@ def reference_edit_tiny() -> Workflow:
     flow.column("5. Edit")
     latent = flow.add("Flux2KitSample", dit=dit, positive=edit, negative=negative, references=references, ae=ae, seed=1)
     add_result(flow, ae, latent, "flux2_kit/tiny_edit", number=6)
+    return flow
+
+
+def train_lora_tiny() -> Workflow:
+    prompt = f"{STYLE}, a large red circle at the top left on a blue background"
+    flow = Workflow()
+    flow.column("1. Dataset")
+    dataset = flow.add("Flux2KitCacheDataset")
+    flow.add("PreviewImage", "Contact sheet", images=dataset.output(1))
+    flow.column("2. Train")
+    trained = flow.add(
+        "Flux2KitTrainLoRA",
+        dataset=dataset,
+        output_name="tiny_style",
+        max_train_steps=100,
+        learning_rate=1e-3,
+        sample_every_n_steps=25,
+        sample_prompts=f"{prompt} --d 1\n{STYLE}, a small green square at the center on a white background --d 2",
+    )
+    flow.column("3. Run")
+    flow.add("PreviewImage", "Loss", images=trained.output(2))
+    flow.add("PreviewImage", "Last samples", images=trained.output(3))
+    flow.column("4. Models")
+    dit, text_encoder, ae = add_loaders(flow, BUNDLED, BUNDLED, BUNDLED)
+    adapted = flow.add("Flux2KitApplyLoRA", dit=dit, lora=trained)
+    flow.column("5. Prompt")
+    positive = flow.add("Flux2KitEncodePrompt", "Prompt", text_encoder=text_encoder, prompt=prompt)
+    negative = flow.add("Flux2KitEncodePrompt", "Negative prompt", text_encoder=text_encoder)
+    for number, title, network in ((6, "Before", dit), (7, "After", adapted)):
+        flow.column(f"{number}. {title}")
+        latent = flow.add("Flux2KitSample", dit=network, positive=positive, negative=negative, ae=ae, num_images=4)
+        image = flow.add("Flux2KitDecode", ae=ae, latent=latent)
+        flow.add("SaveImage", title, images=image, filename_prefix=f"flux2_kit/tiny_style_{title.lower()}")
     return flow
 
 
@@ -163,6 +204,7 @@ def text_to_image_dev() -> Workflow:
 WORKFLOWS = {
     "text_to_image_tiny": text_to_image_tiny,
     "reference_edit_tiny": reference_edit_tiny,
+    "train_lora_tiny": train_lora_tiny,
     "text_to_image_klein-4b": text_to_image_klein_4b,
     "text_to_image_dev": text_to_image_dev,
 }
@@ -299,9 +341,16 @@ def node_size(node: dict[str, Any]) -> tuple[int, int]:
     node_class = NODE_CLASSES[node["class_type"]]
     num_slots = max(len(sockets(node_class)), len(node_class.RETURN_TYPES))
     height = 16 + SLOT_HEIGHT * num_slots + WIDGET_HEIGHT * len(widget_values(node_class, node["inputs"]))
-    height += TEXT_HEIGHT * ("prompt" in node["inputs"])
+    height += TEXT_HEIGHT * num_texts(node_class)
     height += PICTURE_SIDE * hasattr(node_class, "OUTPUT_NODE")
     return WIDTHS.get(node["class_type"], PICTURE_SIDE), height
+
+
+def num_texts(node_class: Any) -> int:
+    """Widgets of several lines."""
+    schema = node_class.INPUT_TYPES()
+    entries = {**schema.get("required", {}), **schema.get("optional", {})}.values()
+    return sum(bool(rest and rest[0].get("multiline")) for _, *rest in entries)
 
 
 def sockets(node_class: Any) -> list[tuple[str, str, bool]]:
