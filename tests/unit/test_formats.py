@@ -199,8 +199,9 @@ def test_backward_keeps_nothing_but_what_is_in_memory_anyway(generator, monkeypa
     assert linear.weight.grad is None
 
 
-@pytest.mark.parametrize("weight_format", FORMAT_NAMES)
-def test_gradient_checkpointing_and_autocast(generator, weight_format):
+@pytest.mark.parametrize(("weight_format", "mode"), [("fp8", None), ("fp8", "rows"), ("nf4", None)])
+def test_gradient_checkpointing_and_autocast(generator, monkeypatch, weight_format, mode):
+    monkeypatch.setitem(fp8._scaled_mm, -1, mode)
     linear = make_linear(generator, weight_format)
     x = torch.randn(4, 160, generator=generator, requires_grad=True)
     (plain,) = torch.autograd.grad(linear(x).square().sum(), x)
@@ -208,9 +209,10 @@ def test_gradient_checkpointing_and_autocast(generator, weight_format):
     assert torch.equal(plain, again)
     with torch.autocast("cpu", torch.bfloat16):
         output = linear(x)
-    assert output.dtype == torch.bfloat16 and relative(output, linear(x)) < 0.01
+    # An input that bf16 moves over the middle between two 8-bit numbers is rounded the other way.
+    assert output.dtype == torch.bfloat16 and relative(output, linear(x)) < (0.03 if mode else 0.01)
     (narrow,) = torch.autograd.grad(output.float().square().sum(), x)
-    assert narrow.dtype == torch.float32 and relative(narrow, plain) < 0.02
+    assert narrow.dtype == torch.float32 and relative(narrow, plain) < 0.04
 
 
 @pytest.mark.parametrize("weight_format", FORMAT_NAMES)

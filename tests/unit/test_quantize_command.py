@@ -121,9 +121,13 @@ def test_loras_are_merged_before(random_tiny_files, tmp_path, file_format):
 
 
 def test_numbers_that_are_fp8_already_are_kept_where_the_scales_fit(random_tiny_files, tmp_path):
+    plain = load_file(random_tiny_files.dit)
+    for layer in BLOCK_LAYERS:  # rows of unlike sizes, so that their scales matter
+        plain[f"{layer}.weight"] *= torch.linspace(0.5, 2, len(plain[f"{layer}.weight"]))[:, None]
+    save_file(plain, tmp_path / "plain.safetensors")
     ours, comfy = (tmp_path / f"{name}.safetensors" for name in FILE_FORMATS)
     for path, file_format in ((ours, "fp8"), (comfy, "fp8-comfy")):
-        quantise_checkpoint(random_tiny_files.dit, path, file_format, variant="tiny")
+        quantise_checkpoint(tmp_path / "plain.safetensors", path, file_format, variant="tiny")
     again = {
         (source.stem, file_format): load_file(quantise_checkpoint(source, tmp_path / "x.safetensors", file_format))
         for source in (ours, comfy)
@@ -142,6 +146,20 @@ def test_numbers_that_are_fp8_already_are_kept_where_the_scales_fit(random_tiny_
         assert rounded[scale].shape == ()
         expected = stored["fp8"][name].float() * stored["fp8"][scale]
         assert (rounded[name].float() * rounded[scale] - expected).norm() / expected.norm() < 0.03
+
+
+@pytest.mark.parametrize("file_format", FILE_FORMATS)
+def test_loras_are_merged_into_a_file_that_is_fp8_already(random_tiny_files, tmp_path, file_format):
+    source, path = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+    quantise_checkpoint(random_tiny_files.dit, source, file_format, variant="tiny")
+    setting = LoraSetting(lora=read_lora(write_lora(tmp_path / "lora.safetensors"), DIT_TINY))
+    quantise_checkpoint(source, path, file_format, [setting])
+    found, before = load_file(path), load_file(source)
+    merged = load_dit(source, merge=[setting], dtype=torch.float32)[0].get_submodule(LAYER).weight
+    back = found[f"{LAYER}.weight"].float() * found[f"{LAYER}.weight_scale"]
+    assert (back - merged).norm() / merged.norm() < 0.027
+    others = [name for name in found if LAYER not in name and "img_in" not in name]
+    assert all(same(found[name], before[name]) for name in others)
 
 
 def test_progress_is_told_and_one_weight_is_read_at_a_time(random_tiny_files, tmp_path, monkeypatch):
