@@ -201,12 +201,13 @@ def fill_cache(linked: LinkedDataset, node_id: str | None) -> None:
         device=host.device(), on_progress=_ShowProgress(node_id).show, should_stop=host.should_stop
     )  # fmt: skip
     host.make_room(host.num_bytes(linked.autoencoder))
-    cache_latents(linked.dataset, linked.autoencoder, options)
+    latents = cache_latents(linked.dataset, linked.autoencoder, options)
     host.make_room(host.num_bytes(linked.text_encoder))
-    cache_text(
+    text = cache_text(
         linked.dataset, linked.text_encoder, linked.variant.text_encoder, options, tokenizer=linked.tokenizer
     )  # fmt: skip
-    host.release_memory()
+    if latents.num_encoded or text.num_encoded:
+        host.release_memory()
 
 
 def picture_batch(images: list[Image.Image]) -> Tensor:
@@ -225,7 +226,10 @@ class _ShowProgress:
     def __init__(self, node_id: str | None) -> None:
         self.node_id = node_id
         self.text = host.LiveText(node_id)
+        self.progress = host.Progress(1, node_id)
         self.what = ""
+        self.num_first = 0
+        self.started = 0.0
 
     def show(self, what: str, num_done: int, num_all: int) -> None:
         if what != self.what:

@@ -33,6 +33,7 @@ FOLDER_KINDS: dict[WeightsComponent, str] = {
 }
 """ComfyUI's names of the folders."""
 LORA_KIND = "loras"
+MODEL_KINDS = (*FOLDER_KINDS.values(), LORA_KIND)
 NO_LORA = "none"
 """Combo entry that applies nothing, so that the node works over an empty folder."""
 FALLBACK_MODELS_DIR = Path("models")
@@ -43,6 +44,8 @@ DATASET_KIND = "datasets"
 OWN_FOLDER = "flux2_kit"
 """Of what training writes, in the folders for output and LoRAs; and of the bundled dataset, in the one for input."""
 SUFFIXES = (".safetensors", ".sft")
+EVERYTHING = 2**60
+"""Bytes, more than any device has."""
 SECONDS_BETWEEN_TEXTS = 0.25
 PREVIEW_SIDE = 512
 """Previews are shown at this size, in pixels."""
@@ -56,6 +59,17 @@ def model_names(component: WeightsComponent) -> list[str]:
 def lora_names() -> list[str]:
     """Combo entries: none, then the files in ComfyUI's loras folder."""
     return [NO_LORA, *_file_names(LORA_KIND)]
+
+
+def file_names() -> list[str]:
+    """Combo entries: all files of models and LoRAs, each behind the name of its folder, and the bundled weights."""
+    bundled = [f"{kind}/{BUNDLED}" for kind in FOLDER_KINDS.values()]
+    return [*bundled, *(f"{kind}/{name}" for kind in MODEL_KINDS for name in _file_names(kind))]
+
+
+def check_file_name(name: str) -> None:
+    """As `check_model_name`."""
+    _check_name("models", name, file_names())
 
 
 def check_model_name(component: WeightsComponent, name: str) -> None:
@@ -92,9 +106,39 @@ def lora_path(name: str) -> Path | None:
     return None if name == NO_LORA else _full_path(LORA_KIND, name)
 
 
+def file_path(name: str) -> Path:
+    """The file or folder behind an entry of `file_names`.
+
+    Raises:
+        ValueError: there is no such entry, or its file has gone.
+    """
+    check_file_name(name)
+    kind, _, rest = name.partition("/")
+    components = {kind: component for component, kind in FOLDER_KINDS.items()}
+    return bundled_path(components[kind]) if rest == BUNDLED else _full_path(kind, rest)
+
+
 def bundled_path(component: WeightsComponent) -> Path:
     """The tiny model's weights inside the package."""
     return find_weights(get_variant("tiny"), component)
+
+
+def check_output_prefix(prefix: str) -> None:
+    """Refuses what `free_output_path` would.
+
+    Raises:
+        ValueError: the prefix has no file name, or leads out of the folder.
+    """
+    _check_inside(output_directory(), prefix, "ComfyUI's output folder", "diffusion_models/merged")
+
+
+def check_new_lora_name(name: str) -> None:
+    """Refuses what `free_lora_path` would.
+
+    Raises:
+        ValueError: it is no name of a file, or leads out of the folder.
+    """
+    _check_inside(lora_directory(), name, "ComfyUI's loras folder", "converted/style")
 
 
 def free_output_path(prefix: str, suffix: str) -> Path:
@@ -103,15 +147,10 @@ def free_output_path(prefix: str, suffix: str) -> Path:
     Raises:
         ValueError: the prefix has no file name, or leads out of the folder.
     """
+    check_output_prefix(prefix)
     folder_paths = _loaded("folder_paths")
-    root = output_directory().resolve()
-    plain = prefix.replace("\\", "/")
+    root, plain = output_directory().resolve(), _with_slashes(prefix)
     wanted = root / plain
-    if not plain.strip() or plain.endswith("/") or "\0" in plain or not wanted.resolve().is_relative_to(root):
-        raise ValueError(
-            f"the file name prefix {prefix!r} does not name a file in ComfyUI's output folder; give a name such as "
-            "diffusion_models/merged"
-        )
     if folder_paths is not None:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(plain, str(root))
         wanted = Path(folder) / name
@@ -120,6 +159,22 @@ def free_output_path(prefix: str, suffix: str) -> Path:
     wanted.parent.mkdir(parents=True, exist_ok=True)
     while (path := wanted.with_name(f"{wanted.name}_{counter:05}_{suffix}")).exists():
         counter += 1
+    return path
+
+
+def free_lora_path(name: str, suffix: str) -> Path:
+    """A new file in ComfyUI's first folder of LoRAs, with a number where the name is taken; its folder is made.
+
+    Raises:
+        ValueError: it is no name of a file, or leads out of the folder.
+    """
+    check_new_lora_name(name)
+    wanted = lora_directory().resolve() / _with_slashes(name)
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    path, number = wanted.with_name(f"{wanted.name}{suffix}"), 1
+    while path.exists():
+        number += 1
+        path = wanted.with_name(f"{wanted.name}_{number:05}{suffix}")
     return path
 
 
@@ -200,6 +255,11 @@ def fingerprint(path: Path) -> str:
     return "\n".join([str(path), *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)])
 
 
+def has_color_widget() -> bool:
+    """Whether the front end draws inputs of the type COLOR, in nodes of both kinds: it came with this class."""
+    return hasattr(_loaded("comfy_api.latest._io"), "Color")
+
+
 def device() -> torch.device:
     """Where networks run."""
     if (management := _loaded("comfy.model_management")) is not None:
@@ -275,6 +335,24 @@ def _file_names(kind: str) -> list[str]:
         folder = FALLBACK_MODELS_DIR / kind
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return [name for name in names if name.endswith(SUFFIXES) and not _is_later_shard(name)]
+
+
+def _check_inside(root: Path, name: str, folder: str, example: str) -> None:
+    plain, root = _with_slashes(name), root.resolve()
+    # Of a Windows drive, and of a stream behind a file's name, nothing is left to chance.
+    if (
+        not plain.strip()
+        or plain.endswith("/")
+        or any(sign in plain for sign in "\0:")
+        or not is_inside(root / plain, [root])
+    ):
+        raise ValueError(
+            f"the file name prefix {name!r} does not name a file in {folder}; give a name such as {example}"
+        )
+
+
+def _with_slashes(name: str) -> str:
+    return name.replace("\\", "/")
 
 
 def _check_name(kind: str, name: str, choices: list[str]) -> None:
