@@ -114,8 +114,9 @@ def file_path(name: str) -> Path:
     """
     check_file_name(name)
     kind, _, rest = name.partition("/")
-    components = {kind: component for component, kind in FOLDER_KINDS.items()}
-    return bundled_path(components[kind]) if rest == BUNDLED else _full_path(kind, rest)
+    if rest == BUNDLED:
+        return next(bundled_path(component) for component, folder in FOLDER_KINDS.items() if folder == kind)
+    return _full_path(kind, rest)
 
 
 def bundled_path(component: WeightsComponent) -> Path:
