@@ -243,7 +243,7 @@ def test_errors_of_reading_reach_the_caller_and_do_not_last(tmp_path, monkeypatc
     dit = build()
     expected = sample(dit)
     path = save(tmp_path, dit)
-    stream_dit(dit, "cpu", num_resident=0, file=path)
+    streamer = stream_dit(dit, "cpu", num_resident=0, file=path)
     sample(dit)
     state = {name: tensor.clone() for name, tensor in dit.state_dict().items()}
 
@@ -252,6 +252,8 @@ def test_errors_of_reading_reach_the_caller_and_do_not_last(tmp_path, monkeypatc
             raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(disk_tier.DiskReader, "_open", lambda self, path: Broken())
+    for slot in streamer._slots:  # both of the blocks that come next fail
+        streamer._fill(slot, slot.index)
     with pytest.raises(ValueError, match=r"dit\.safetensors cannot be read: Input/output error"):
         sample(dit)
     monkeypatch.undo()
