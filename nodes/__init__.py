@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from .conditioning import EncodePrompt, EncodeReference
 from .datasets import CacheDataset
+from .files import ConvertLoRA, InspectFile
+from .latents import EmptyLatent
 from .loaders import LoadAutoencoder, LoadDiT, LoadTextEncoder
 from .lora import ApplyLoRA, SaveMergedDiT
+from .prompts import PromptJSON
 from .sampling import Decode, Sample
 from .training import TrainLoRA
 
@@ -21,6 +24,10 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "Flux2KitSaveMergedDiT": SaveMergedDiT,
     "Flux2KitCacheDataset": CacheDataset,
     "Flux2KitTrainLoRA": TrainLoRA,
+    "Flux2KitEmptyLatent": EmptyLatent,
+    "Flux2KitPromptJSON": PromptJSON,
+    "Flux2KitInspectFile": InspectFile,
+    "Flux2KitConvertLoRA": ConvertLoRA,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
@@ -35,4 +42,8 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "Flux2KitSaveMergedDiT": "FLUX.2 Save Merged DiT",
     "Flux2KitCacheDataset": "FLUX.2 Cache Dataset",
     "Flux2KitTrainLoRA": "FLUX.2 Train LoRA",
+    "Flux2KitEmptyLatent": "FLUX.2 Empty Latent",
+    "Flux2KitPromptJSON": "FLUX.2 Prompt (JSON)",
+    "Flux2KitInspectFile": "FLUX.2 Inspect File",
+    "Flux2KitConvertLoRA": "FLUX.2 Convert LoRA",
 }

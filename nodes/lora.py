@@ -174,6 +174,16 @@ class SaveMergedDiT:
         }
 
     @classmethod
+    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
+        # None stands for a link, whose value is not known before the run.
+        try:
+            if filename_prefix is not None:
+                host.check_output_prefix(filename_prefix)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def save(cls, dit: LoadedDiT, filename_prefix: str, precision: str, unique_id: str | None = None) -> tuple[str]:
         path = host.free_output_path(filename_prefix, ".safetensors")
         progress = host.Progress(len(dit.dit.state_dict()), unique_id)

@@ -24,6 +24,10 @@ NODE_IDS = [
     "Flux2KitSaveMergedDiT",
     "Flux2KitCacheDataset",
     "Flux2KitTrainLoRA",
+    "Flux2KitEmptyLatent",
+    "Flux2KitPromptJSON",
+    "Flux2KitInspectFile",
+    "Flux2KitConvertLoRA",
 ]
 """They stand in people's workflows: names may be added here, never changed."""
 SAMPLING_INPUTS = [
@@ -34,6 +38,20 @@ TRAINING_INPUTS = [
     *("dataset", "dit_name", "variant", "output_name", "max_train_steps", "learning_rate", "rank", "alpha"),
     *("optimizer_type", "lr_scheduler", "seed", "save_every_n_steps", "sample_every_n_steps", "sample_prompts"),
     *("resume", "more_settings"),
+]
+PROMPT_INPUTS = [
+    *("scene", "subjects", "style", "lighting", "mood", "background", "composition"),
+    *(
+        "camera_angle",
+        "camera_lens",
+        "depth_of_field",
+        "num_colors",
+        "color_1",
+        "color_2",
+        "color_3",
+        "color_4",
+        "more",
+    ),
 ]
 INPUTS_AND_OUTPUTS = {
     "Flux2KitLoadDiT": (["dit_name", "variant", "precision"], ["FLUX2_DIT"]),
@@ -58,6 +76,16 @@ INPUTS_AND_OUTPUTS = {
     "Flux2KitTrainLoRA": (
         TRAINING_INPUTS,
         ["FLUX2_LORA", "STRING", "IMAGE", "IMAGE", "INT"],
+    ),
+    "Flux2KitEmptyLatent": (
+        ["aspect_ratio", "megapixels", "width", "height", "batch_size"],
+        ["LATENT", "INT", "INT"],
+    ),
+    "Flux2KitPromptJSON": (PROMPT_INPUTS, ["STRING"]),
+    "Flux2KitInspectFile": (["file_name"], ["STRING"]),
+    "Flux2KitConvertLoRA": (
+        ["lora_name", "dialect", "precision", "output_name", "allow_unmatched", "lora"],
+        ["FLUX2_LORA", "STRING"],
     ),
 }
 """Widget values are saved by position: inputs may be added at the end, never moved."""
@@ -97,10 +125,10 @@ def test_defaults_are_those_of_the_core(nodes):
     defaults = {field.name: field.default for field in fields(SamplingConfig)}
     renamed = {"resize": "resize_references", "tiling": "tile_autoencoder"}
     seen = set()
-    for node_class in nodes.values():
+    for node_id, node_class in nodes.items():
         for name, (_, options) in inputs_of(node_class).items():
             name = renamed.get(name, name)
-            if name in defaults:
+            if name in defaults and node_id != "Flux2KitEmptyLatent":  # its sizes are its own, not those of a variant
                 seen.add(name)
                 default = defaults[name]
                 assert options["default"] == (0 if default is None else default), name
