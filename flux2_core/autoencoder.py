@@ -20,8 +20,8 @@ from torch import Tensor, nn
 PIXELS_PER_LATENT = 16
 """Side, in pixels, of the square that one packed latent position covers."""
 
-TILE_LATENTS = 64
-"""Side of a tile, in latent positions (1024 px)."""
+TILE_LATENTS = 48
+"""Side of a tile where none is named, in latent positions (768 px)."""
 TILE_OVERLAP_LATENTS = 8
 """How far neighbouring tiles overlap; they are blended linearly there."""
 
@@ -221,14 +221,14 @@ class Flux2Autoencoder(nn.Module):
         z = unpack_2x2(self.denormalize(latents.to(weight.device, torch.float32)))
         return self.decoder(z.to(weight.dtype)).float()
 
-    def encode_tiled(self, images: Tensor) -> Tensor:
-        """Like `encode`, in overlapping tiles of 1024 px; memory does not grow with the picture."""
+    def encode_tiled(self, images: Tensor, tile: int | None = None) -> Tensor:
+        """Like `encode`, in overlapping tiles of ``tile`` latent positions; memory does not grow with the picture."""
         check_sides(images)  # before the cut: a tile of a wrong size may look right
-        return blend_tiles(images, self.encode, size_in=PIXELS_PER_LATENT, size_out=1)
+        return blend_tiles(images, self.encode, size_in=PIXELS_PER_LATENT, size_out=1, tile=tile)
 
-    def decode_tiled(self, latents: Tensor) -> Tensor:
-        """Like `decode`, in overlapping tiles of 64 latent positions; memory does not grow with the picture."""
-        return blend_tiles(latents, self.decode, size_in=1, size_out=PIXELS_PER_LATENT)
+    def decode_tiled(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """Like `decode`, in overlapping tiles of ``tile`` latent positions; memory does not grow with the picture."""
+        return blend_tiles(latents, self.decode, size_in=1, size_out=PIXELS_PER_LATENT, tile=tile)
 
     def normalize(self, packed: Tensor) -> Tensor:
         """Subtracts the running mean and divides by the running deviation of each packed channel."""
@@ -261,7 +261,9 @@ def check_sides(images: Tensor) -> None:
         )
 
 
-def blend_tiles(x: Tensor, fn: Callable[[Tensor], Tensor], *, size_in: int, size_out: int) -> Tensor:
+def blend_tiles(
+    x: Tensor, fn: Callable[[Tensor], Tensor], *, size_in: int, size_out: int, tile: int | None = None
+) -> Tensor:
     """Applies `fn` to overlapping tiles of ``[B, C, H, W]`` and blends the results with linear ramps.
 
     Args:
@@ -270,7 +272,8 @@ def blend_tiles(x: Tensor, fn: Callable[[Tensor], Tensor], *, size_in: int, size
         size_in: elements of `x` per latent position and side.
         size_out: elements of the result per latent position and side.
     """
-    rows, columns = (tile_starts(side // size_in) for side in x.shape[-2:])
+    side_of_tile = TILE_LATENTS if tile is None else tile
+    rows, columns = (tile_starts(side // size_in, side_of_tile) for side in x.shape[-2:])
     if len(rows) == len(columns) == 1:
         return fn(x)
     height, width = (side // size_in * size_out for side in x.shape[-2:])
@@ -278,26 +281,26 @@ def blend_tiles(x: Tensor, fn: Callable[[Tensor], Tensor], *, size_in: int, size
     for row in rows:
         for column in columns:
             top, left = row * size_in, column * size_in
-            tile = fn(x[..., top : top + TILE_LATENTS * size_in, left : left + TILE_LATENTS * size_in])
+            part = fn(x[..., top : top + side_of_tile * size_in, left : left + side_of_tile * size_in])
             if total is None or weights is None:
-                total = torch.zeros(*tile.shape[:2], height, width, dtype=tile.dtype, device=tile.device)
-                weights = torch.zeros(height, width, dtype=tile.dtype, device=tile.device)
-            weight = _ramp(tile.shape[-2], size_out)[:, None] * _ramp(tile.shape[-1], size_out)[None]
-            weight = weight.to(tile)
-            place = (slice(row * size_out, row * size_out + tile.shape[-2]),)
-            place += (slice(column * size_out, column * size_out + tile.shape[-1]),)
-            total[..., place[0], place[1]] += tile * weight
+                total = torch.zeros(*part.shape[:2], height, width, dtype=part.dtype, device=part.device)
+                weights = torch.zeros(height, width, dtype=part.dtype, device=part.device)
+            weight = _ramp(part.shape[-2], size_out)[:, None] * _ramp(part.shape[-1], size_out)[None]
+            weight = weight.to(part)
+            place = (slice(row * size_out, row * size_out + part.shape[-2]),)
+            place += (slice(column * size_out, column * size_out + part.shape[-1]),)
+            total[..., place[0], place[1]] += part * weight
             weights[place] += weight
     assert total is not None and weights is not None
-    return total / weights
+    return total.div_(weights)
 
 
-def tile_starts(length: int) -> list[int]:
+def tile_starts(length: int, tile: int) -> list[int]:
     """First positions of tiles that cover `length` latent positions, the last one flush with the end."""
-    if length <= TILE_LATENTS:
+    if length <= tile:
         return [0]
-    stride = TILE_LATENTS - TILE_OVERLAP_LATENTS
-    return [*range(0, length - TILE_LATENTS, stride), length - TILE_LATENTS]
+    stride = tile - TILE_OVERLAP_LATENTS
+    return [*range(0, length - tile, stride), length - tile]
 
 
 def _ramp(length: int, size_out: int) -> Tensor:

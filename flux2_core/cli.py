@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from .command_errors import describe_error
+from .memory_options import add_memory_options
 from .picture_metadata import kit_version
 
 EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
@@ -200,8 +201,12 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokenizer", metavar="PATH", help="default: beside the text encoder, then the local cache")
     group.add_argument("--models_dir", metavar="DIR", help="ComfyUI's models folder, searched for what is not given")
     group.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0; default: cuda where there is one")
-    group.add_argument("--dtype", choices=("bf16", "fp32"), help="of DiT and text encoder; default: as in the files")
-    group.add_argument("--vae_tiling", action="store_true", help="encode and decode in tiles: less memory")
+    group.add_argument(
+        "--dtype", choices=("bf16", "fp32"), help="of DiT and text encoder, unquantised; default: as in the files"
+    )
+    memory = parser.add_argument_group("memory")
+    add_memory_options(memory)
+    memory.add_argument("--vae_tiling", action="store_true", help="encode and decode in tiles: less memory")
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:

@@ -28,8 +28,10 @@ from .detect import resolve_variant
 from .files import write_safetensors
 from .images import load_image, reference_size
 from .latents import NUM_LATENT_CHANNELS
-from .lora import LoraSetting, apply_loras
+from .lora import LoraSetting
 from .lora_command import check_lora_options, read_lora_settings, save_merged
+from .memory import MemoryNeeds
+from .memory_options import read_memory_options
 from .picture_metadata import GenerationRecord, kit_version, parse_record, write_png
 from .pipeline import (
     Flux2Pipeline,
@@ -39,7 +41,6 @@ from .pipeline import (
     decode_latents,
     find_model_files,
     load_pipeline,
-    sample_latents,
 )
 from .prompt_lines import PromptLine, parse_prompt_line, prompt_lines
 from .sampling import DenoiseStep
@@ -107,8 +108,10 @@ def run_generate(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         dtype=DTYPES[args.dtype] if args.dtype else None,
         device=device,
+        **read_memory_options(args),
+        needs=memory_needs(args, files, [job for _, job in jobs]),
+        loras=loras,
     )
-    apply_loras(pipeline.dit, loras)
     session = Session(pipeline=pipeline, files=files, folder=folder, args=args, loras=loras)
 
     # 3. Pictures.
@@ -211,6 +214,24 @@ def check_references(paths: tuple[Path, ...]) -> None:
             raise ValueError(f"{path}: {error}") from None
 
 
+def memory_needs(args: argparse.Namespace, files: ModelFiles, jobs: Sequence[Job]) -> MemoryNeeds:
+    """What the largest of the jobs is like; without any, a picture of the options."""
+    samplings = [job.sampling for job in jobs] or [make_sampling(args, PromptLine(prompt=""), files.variant)]
+    largest = max(samplings, key=lambda sampling: (sampling.width or 0) * (sampling.height or 0))
+    paths = max((job.reference_paths for job in jobs), key=len, default=())
+    single, several = files.variant.autoencoder.reference_sides
+    max_pixels = None if args.no_resize_control else (single if len(paths) == 1 else several) ** 2
+    return MemoryNeeds(
+        width=largest.width,
+        height=largest.height,
+        reference_sizes=tuple(reference_size(*load_image(path).size, max_pixels) for path in paths),
+        num_images=largest.num_images,
+        uses_cfg=any(sampling.cfg_scale != 1 for sampling in samplings),
+        tile_autoencoder=args.vae_tiling,
+        num_streamed=args.blocks_to_swap,
+    )
+
+
 def find_variant(args: argparse.Namespace) -> Variant:
     """The variant that was asked for, told from the DiT's header where it is to be.
 
@@ -310,9 +331,7 @@ class Session:
 
         # 3. Noise to latents.
         with progress_bar(sampling.num_steps or 0) as bar:
-            latents = sample_latents(
-                pipeline.dit,
-                pipeline.variant,
+            latents = pipeline.sample(
                 sampling,
                 text,
                 negative_text=negative,

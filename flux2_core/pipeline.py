@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -21,6 +22,10 @@ from .sampling import StepCallback, denoise
 from .schedule import sigma_schedule
 from .text_encoder import TextEncoder
 from .variants import Variant, get_variant
+
+if TYPE_CHECKING:
+    from .lora import LoraSetting
+    from .memory import MemoryNeeds, PlanPrecision
 
 logger = logging.getLogger(__name__)
 
@@ -147,9 +152,7 @@ class Flux2Pipeline:
         )
 
         # 4. Noise to latents.
-        latents = sample_latents(
-            self.dit,
-            self.variant,
+        latents = self.sample(
             sampling,
             text,
             negative_text=negative,
@@ -167,14 +170,41 @@ class Flux2Pipeline:
         return encode_prompt(self.text_encoder, prompt)
 
     def encode_references(
-        self, references: Sequence[Image.Image], *, resize: bool = True, tiled: bool = False
+        self,
+        references: Sequence[Image.Image],
+        *,
+        resize: bool = True,
+        tiled: bool = False,
+        tile: int | None = None,
     ) -> list[Tensor]:
         """Latents ``[1, 128, h_i, w_i]`` of each reference."""
-        return encode_references(self.autoencoder, references, resize=resize, tiled=tiled)
+        return encode_references(self.autoencoder, references, resize=resize, tiled=tiled, tile=tile)
 
-    def decode(self, latents: Tensor, *, tiled: bool = False) -> list[Image.Image]:
+    def sample(
+        self,
+        sampling: SamplingConfig,
+        text: Tensor,
+        *,
+        negative_text: Tensor | None = None,
+        references: Sequence[Tensor] = (),
+        on_step: StepCallback | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Tensor:
+        """Latents ``[num_images, 128, H/16, W/16]`` from the noise of the seed, see `sample_latents`."""
+        return sample_latents(
+            self.dit,
+            self.variant,
+            sampling,
+            text,
+            negative_text=negative_text,
+            references=references,
+            on_step=on_step,
+            should_stop=should_stop,
+        )
+
+    def decode(self, latents: Tensor, *, tiled: bool = False, tile: int | None = None) -> list[Image.Image]:
         """RGB pictures of latents ``[B, 128, h, w]``."""
-        return decode_latents(self.autoencoder, latents, tiled=tiled)
+        return decode_latents(self.autoencoder, latents, tiled=tiled, tile=tile)
 
 
 def encode_prompt(text_encoder: TextEncoder, prompt: str) -> Tensor:
@@ -192,7 +222,12 @@ def encode_prompt(text_encoder: TextEncoder, prompt: str) -> Tensor:
 
 @torch.inference_mode()
 def encode_references(
-    autoencoder: Flux2Autoencoder, references: Sequence[Image.Image], *, resize: bool = True, tiled: bool = False
+    autoencoder: Flux2Autoencoder,
+    references: Sequence[Image.Image],
+    *,
+    resize: bool = True,
+    tiled: bool = False,
+    tile: int | None = None,
 ) -> list[Tensor]:
     """Pictures of any size and mode to latents ``[1, 128, h_i, w_i]``.
 
@@ -201,12 +236,13 @@ def encode_references(
         references: at most ten.
         resize: False keeps their size but for the crop to multiples of 16.
         tiled: encode in tiles.
+        tile: their side, in latent positions; None: `autoencoder.TILE_LATENTS`.
     """
     check_num_references(len(references))
     single, several = autoencoder.config.reference_sides
     max_pixels = (single if len(references) == 1 else several) ** 2 if resize else None
     fitted = [image_to_tensor(fit_reference(image, max_pixels)) for image in references]
-    return [autoencoder.encode_tiled(image) if tiled else autoencoder.encode(image) for image in fitted]
+    return [autoencoder.encode_tiled(image, tile) if tiled else autoencoder.encode(image) for image in fitted]
 
 
 def check_num_references(num_references: int) -> None:
@@ -216,11 +252,18 @@ def check_num_references(num_references: int) -> None:
 
 
 @torch.inference_mode()
-def decode_latents(autoencoder: Flux2Autoencoder, latents: Tensor, *, tiled: bool = False) -> list[Image.Image]:
-    """Latents ``[B, 128, h, w]`` to RGB pictures, one at a time: memory does not grow with the batch."""
+def decode_latents(
+    autoencoder: Flux2Autoencoder, latents: Tensor, *, tiled: bool = False, tile: int | None = None
+) -> list[Image.Image]:
+    """Latents ``[B, 128, h, w]`` to RGB pictures, one at a time: memory does not grow with the batch.
+
+    Args:
+        tiled: decode in tiles.
+        tile: their side, in latent positions; None: `autoencoder.TILE_LATENTS`.
+    """
     check_latents(latents, autoencoder.config.packed_channels, "the input of the decoder")
-    decode = autoencoder.decode_tiled if tiled else autoencoder.decode
-    return [image for row in latents.split(1) for image in tensor_to_images(decode(row))]
+    pictures = (autoencoder.decode_tiled(row, tile) if tiled else autoencoder.decode(row) for row in latents.split(1))
+    return [image for picture in pictures for image in tensor_to_images(picture)]
 
 
 def sample_latents(
@@ -344,8 +387,13 @@ def load_pipeline(
     models_dir: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    precision: PlanPrecision = "auto",
+    text_encoder_precision: PlanPrecision = "auto",
+    vram_budget_gib: float | None = None,
+    needs: MemoryNeeds | None = None,
+    loras: Sequence[LoraSetting] = (),
 ) -> Flux2Pipeline:
-    """Loads the three networks.
+    """Loads the three networks, or lets them take turns on the device where it cannot hold them all.
 
     Args:
         variant: a name of `variants.VARIANTS`, or "auto" to tell from the DiT file. None: "auto" where a DiT is given,
@@ -354,23 +402,27 @@ def load_pipeline(
             (`weights.find_weights`).
         tokenizer: for a text encoder file that has none beside it.
         models_dir: ComfyUI's models folder, searched before the Hugging Face cache.
-        dtype: precision of DiT and text encoder; None keeps that of the files.
-        device: where the networks go.
+        dtype: type of the plain weights of DiT and text encoder, and so of the activations; None keeps that of the
+            files. With the precision "auto" nothing is quantised then.
+        device: where the networks run.
+        precision: how the weights of the DiT's blocks are kept; "auto" decides by the budget, see `memory`.
+        text_encoder_precision: likewise for the layers of the text encoder.
+        vram_budget_gib: GiB that tensors may take on the device. None: what is free on a CUDA device, less a reserve;
+            elsewhere there is no limit.
+        needs: what the pictures will be like; None: one of the variant's default size.
+        loras: live on the DiT from the beginning.
 
     Raises:
-        ValueError: weights that are missing, damaged, or of another model.
+        ValueError: weights that are missing, damaged, or of another model; a budget that is too small.
     """
-    from .checkpoint import load_autoencoder, load_dit
     from .detect import resolve_variant
+    from .placement import place_pipeline
     from .tensor_source import TensorSource
-    from .text_encoder import load_text_encoder
 
     if variant is None:
         variant = "auto" if dit is not None else "tiny"
     if variant == "auto" and dit is None:
         raise ValueError("the variant 'auto' is told from a DiT file, but none was given; give one or name the variant")
-
-    # 1. Find and check everything by headers first: loading takes minutes.
     if variant == "auto" and dit is not None:
         resolved = resolve_variant(TensorSource(dit, component="dit"))
     else:
@@ -382,17 +434,14 @@ def load_pipeline(
         text_encoder=text_encoder,
         models_dir=Path(models_dir) if models_dir is not None else None,
     )
-
-    # 2. Load, small to large, so that a file of another kind is told early.
-    loaded_autoencoder = load_autoencoder(files.autoencoder, device=device)
-    loaded_text_encoder = load_text_encoder(
-        files.text_encoder,
-        resolved.text_encoder,
+    return place_pipeline(
+        files,
         tokenizer=Path(tokenizer) if tokenizer else None,
         dtype=dtype,
-        device=device,
-    )
-    network, _ = load_dit(files.dit, resolved.name, dtype=dtype, device=device)
-    return Flux2Pipeline(
-        variant=resolved, dit=network, autoencoder=loaded_autoencoder, text_encoder=loaded_text_encoder
+        device=torch.device(device),
+        precision=precision,
+        text_encoder_precision=text_encoder_precision,
+        vram_budget_gib=vram_budget_gib,
+        needs=needs,
+        loras=loras,
     )

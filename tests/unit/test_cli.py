@@ -110,12 +110,13 @@ def test_latents_without_batch_axis_as_musubi_writes_them(generate, tmp_path):
 
 def test_references(generate, tmp_path, monkeypatch):
     shapes = []
+    sample = pipeline.sample_latents
     monkeypatch.setattr(
-        generate_command,
+        pipeline,
         "sample_latents",
         lambda *args, references, **options: (
             shapes.append([tuple(latents.shape) for latents in references])
-            or pipeline.sample_latents(*args, references=references, **options)
+            or sample(*args, references=references, **options)
         ),
     )
     paths = [tmp_path / "wide.png", tmp_path / "small.png"]

@@ -1,0 +1,520 @@
+"""The planner: which weights stay on the device, in which precision, within a budget of bytes (pure functions).
+
+The order of preference follows measurements (one picture of 1024x1024 with the 9B model on an H200; a step takes 165 ms
+with bf16 weights on the device, 159 ms with fp8 weights there, and at least 155 ms, the time of the copies, with fp8
+weights that are all streamed; bf16 weights take twice as long to copy, nf4 has to be multiplied out for every product):
+
+1. the file's own precision, all on the device: nothing is lost;
+2. fp8, as many blocks on the device as fit, the others streamed from host memory beside the computation;
+3. where host memory is short too, the file's own weights, streamed from the file;
+4. nf4, which is less exact, where nothing else fits.
+
+A precision that is asked for is not changed: only how much of it stays on the device. The text encoder runs once a
+prompt, so streaming costs it a fraction of a second: "auto" keeps its precision. Networks that do not fit beside each
+other take turns on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from .autoencoder import PIXELS_PER_LATENT
+from .autoencoder_memory import TILES, autoencoder_bytes, decoding_bytes, encoding_bytes
+from .linear import FORMATS, WeightFormat
+from .memory_estimates import (
+    Computation,
+    NetworkBytes,
+    TokenCounts,
+    TrainingMode,
+    adapter_parameters,
+    dit_bytes,
+    forward_bytes,
+    text_encoder_bytes,
+    text_encoding_bytes,
+    training_bytes,
+)
+from .streaming import RING_SIZE, streamed_indices
+from .variants import Variant
+
+GIB = 2**30
+PlainPrecision = Literal["bf16", "fp16", "fp32"]
+WeightPrecision = Literal["bf16", "fp16", "fp32", "fp8", "nf4"]
+PlanPrecision = Literal["auto", "bf16", "fp16", "fp32", "fp8", "nf4"]
+ITEM_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+MASTER_BYTES = 8
+"""Of a trained parameter and its gradient, both fp32."""
+SMALLEST_TILE_BESIDE_DIT = 32
+"""In latent positions: before tiles get smaller than this, the DiT leaves the device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFacts:
+    """What a file of weights holds, as far as it matters to memory."""
+
+    precision: WeightPrecision = "bf16"
+    """Of most weights; never nf4."""
+    plain: PlainPrecision = "bf16"
+    """Of weights that are not fp8; the type of the activations."""
+    can_stream: bool = True
+    """Whether blocks can be read from the file as they run, in its own precision."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryNeeds:
+    """What the work is like, as far as it matters to memory."""
+
+    width: int | None = None
+    """Pixels; None: the variant's default."""
+    height: int | None = None
+    reference_sizes: tuple[tuple[int, int], ...] = ()
+    """Width and height of references, in pixels, as they are encoded."""
+    num_images: int = 1
+    """Pictures at once; in training, samples of a batch."""
+    uses_cfg: bool | None = None
+    """Whether a negative prompt runs beside the prompt; None: as the variant does by default."""
+    tile_autoencoder: bool = False
+    """Tile in any case."""
+    num_streamed: int | None = None
+    """Exactly so many blocks are streamed; None leaves it to the plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryRequest:
+    """What has to fit."""
+
+    variant: Variant
+    precision: PlanPrecision = "auto"
+    text_encoder_precision: PlanPrecision = "auto"
+    dit_file: FileFacts = FileFacts()
+    text_encoder_file: FileFacts = FileFacts()
+    autoencoder_precision: PlainPrecision = "bf16"
+    needs: MemoryNeeds = MemoryNeeds()
+    has_loras: bool = False
+    rank: int | None = None
+    """Rank of the LoRA that is trained on all Linears of the blocks; None: pictures are made."""
+    checkpointing: Literal["auto", "none", "blocks", "offload"] = "auto"
+    """For training: what is kept for the backward pass."""
+    optimizer_bytes: int = 8
+    """For training: state of the optimiser (and averages) for each parameter; two fp32 moments by default."""
+    uses_text_encoder: bool = True
+    uses_autoencoder: bool = True
+    device_type: str = "cuda"
+
+    def __post_init__(self) -> None:
+        for name, value in (("precision", self.precision), ("text encoder's", self.text_encoder_precision)):
+            if value not in get_args(PlanPrecision):
+                raise ValueError(f"the {name} precision is {value!r}; allowed are {', '.join(get_args(PlanPrecision))}")
+        number = self.variant.dit.num_double_blocks + self.variant.dit.num_single_blocks
+        if self.needs.num_streamed is not None and not 0 <= self.needs.num_streamed <= number:
+            raise ValueError(
+                f"{self.needs.num_streamed} blocks cannot be streamed: {self.variant.name} has {number}; give 0 to "
+                f"{number}"
+            )
+        if self.needs.num_streamed and self.rank is not None and self.checkpointing == "none":
+            raise ValueError(
+                "streamed blocks can be trained only with checkpointing, since their weights do not stay on the device "
+                "for the backward pass; set checkpointing to blocks or offload, or stream no blocks"
+            )
+
+    @property
+    def tokens(self) -> TokenCounts:
+        """What a forward pass of the DiT runs on."""
+        width, height = self.size
+        sizes = ((width, height), *self.needs.reference_sizes)
+        num_tokens = sum((w // PIXELS_PER_LATENT) * (h // PIXELS_PER_LATENT) for w, h in sizes)
+        uses_cfg = self.variant.cfg_scale != 1 if self.needs.uses_cfg is None else self.needs.uses_cfg
+        num_rows = self.needs.num_images * (2 if uses_cfg and self.rank is None else 1)
+        return TokenCounts(
+            num_rows=num_rows, num_tokens=num_tokens, num_text_tokens=self.variant.text_encoder.max_tokens
+        )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        default = self.variant.default_size
+        return self.needs.width or default, self.needs.height or default
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkPlan:
+    """How a network of blocks is kept."""
+
+    precision: WeightPrecision
+    num_blocks: int
+    num_resident: int
+    """Blocks that stay on the device while the network is in use."""
+    ring_size: int
+    """Device buffers that the other blocks flow through; 0 where all are resident."""
+    from_disk: bool = False
+    """Whether the other blocks are read from the file, not kept in host memory."""
+    device_bytes: int
+    """Weights and buffers on the device."""
+    host_bytes: int
+    """Of the streamed blocks in host memory."""
+
+    @property
+    def is_streamed(self) -> bool:
+        return self.num_resident < self.num_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Where everything goes, and what it is estimated to take."""
+
+    dit: NetworkPlan
+    text_encoder: NetworkPlan | None
+    """None where it is not used."""
+    takes_turns: bool
+    """Whether networks leave the device while another one works."""
+    dit_stays: bool
+    """Whether the DiT stays on the device while the autoencoder works."""
+    tile: int | None
+    """Side of the autoencoder's tiles, in latent positions; None: none."""
+    checkpointing: TrainingMode | None
+    """For training."""
+    text_encoding_bytes: int
+    """Peak on the device in each stage."""
+    sampling_bytes: int
+    """Of sampling, or of a training step."""
+    decoding_bytes: int
+    """Of the autoencoder, references included."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest of the three."""
+        return max(self.text_encoding_bytes, self.sampling_bytes, self.decoding_bytes)
+
+
+class DoesNotFit(Exception):  # noqa: N818 - caught within this module
+    """A budget is too small."""
+
+
+def plan_memory(request: MemoryRequest, budget_bytes: int | None, host_bytes: int | None = None) -> MemoryPlan:
+    """The fastest way to run within a budget, see the top of this file.
+
+    Args:
+        budget_bytes: what tensors may take on the device; None: as much as there is need for.
+        host_bytes: free host memory; None: enough.
+
+    Raises:
+        ValueError: it cannot be done; says the least that works.
+    """
+    for precision, only_resident, disk in _candidates(request):
+        for checkpointing in _checkpointing_modes(request):
+            tried = _Stages(request, precision, checkpointing)
+            plan = tried.plan(budget_bytes, host_bytes, only_resident=only_resident, from_disk=disk)
+            if plan is not None:
+                return plan
+    raise ValueError(_refusal(request, budget_bytes, host_bytes))
+
+
+def describe(plan: MemoryPlan) -> str:
+    """One line, such as "fp8, 21 of 32 blocks resident, about 9.8 GiB"."""
+    dit, text_encoder = plan.dit, plan.text_encoder
+    parts = [dit.precision]
+    if dit.is_streamed:
+        source = ", the others from disk" if dit.from_disk else ""
+        parts.append(f"{dit.num_resident} of {dit.num_blocks} blocks resident{source}")
+    else:
+        parts.append(f"all {dit.num_blocks} blocks resident")
+    if text_encoder is not None and text_encoder.is_streamed:
+        parts.append(f"text encoder streamed{' from disk' if text_encoder.from_disk else ''}")
+    if plan.tile is not None:
+        parts.append("pictures in tiles")
+    if plan.checkpointing not in (None, "none"):
+        parts.append(f"checkpointing {plan.checkpointing}")
+    return f"{', '.join(parts)}, about {in_words(plan.peak_bytes)}"
+
+
+def in_words(num_bytes: int) -> str:
+    """A size for people, such as "9.8 GiB"."""
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def weight_format(precision: WeightPrecision) -> WeightFormat | None:
+    """The format of a precision, None for plain weights."""
+    return next((known for known in FORMATS if known == precision), None)
+
+
+def _candidates(request: MemoryRequest) -> Iterator[tuple[WeightPrecision, bool, bool]]:
+    """Precisions by preference; whether all blocks have to be resident, and whether the others come from the file."""
+    file, asked = request.dit_file, request.precision
+    if asked != "auto":
+        yield asked, False, False
+        if asked == file.precision and file.can_stream:
+            yield asked, False, True
+        return
+    if request.needs.num_streamed:
+        yield file.precision, False, False
+        if file.can_stream:
+            yield file.precision, False, True
+        return
+    yield file.plain, True, False
+    if file.plain == "fp32":
+        yield "bf16", True, False
+    yield "fp8", False, False
+    if file.can_stream:
+        yield file.precision, False, True
+    yield "nf4", False, False
+
+
+def _checkpointing_modes(request: MemoryRequest) -> tuple[TrainingMode | None, ...]:
+    if request.rank is None:
+        return (None,)
+    if request.checkpointing != "auto":
+        return (request.checkpointing,)
+    return ("none",) if request.variant.name == "tiny" else ("blocks", "offload")
+
+
+class _Stages:
+    """The three stages of a request in one precision of the DiT."""
+
+    def __init__(self, request: MemoryRequest, precision: WeightPrecision, checkpointing: TrainingMode | None) -> None:
+        self.request = request
+        self.precision: WeightPrecision = precision
+        self.checkpointing: TrainingMode | None = checkpointing
+        self.can_stream = checkpointing != "none"
+        config = request.variant.dit
+        plain = precision if precision in ITEM_BYTES else request.dit_file.plain
+        self.item_bytes = ITEM_BYTES[plain]
+        self.weights = dit_bytes(config, weight_format(precision), self.item_bytes)
+        self.activations = self._sampling(config)
+        self.autoencoder_weights = 0
+        if request.uses_autoencoder:
+            item_bytes = ITEM_BYTES[request.autoencoder_precision]
+            self.autoencoder_weights = autoencoder_bytes(request.variant.autoencoder, item_bytes)
+
+    def _sampling(self, config: object) -> int:
+        """Activations, gradients, adapters and the optimiser's state."""
+        request, variant = self.request, self.request.variant
+        how = Computation(
+            item_bytes=self.item_bytes,
+            weight_format=weight_format(self.precision),
+            is_cuda=request.device_type == "cuda",
+            is_adapted=request.has_loras or request.rank is not None,
+        )
+        if request.rank is None:
+            return forward_bytes(variant.dit, request.tokens, how)
+        assert self.checkpointing is not None
+        adapters = adapter_parameters(variant.dit, request.rank) * (MASTER_BYTES + request.optimizer_bytes)
+        activations = training_bytes(
+            variant.dit, request.tokens, how, rank=request.rank, checkpointing=self.checkpointing
+        )
+        return adapters + activations
+
+    def autoencoding(self, tile: int | None) -> int:
+        """Peak of the autoencoder's work, weights aside."""
+        request = self.request
+        if not request.uses_autoencoder:
+            return 0
+        config, item_bytes = request.variant.autoencoder, ITEM_BYTES[request.autoencoder_precision]
+        is_cuda = request.device_type == "cuda"
+        work = [decoding_bytes(config, *request.size, item_bytes, is_cuda=is_cuda, tile=tile)]
+        work += [
+            encoding_bytes(config, width, height, item_bytes, is_cuda=is_cuda, tile=tile)
+            for width, height in request.needs.reference_sizes
+        ]
+        return max(work)
+
+    def plan(self, budget: int | None, host: int | None, *, only_resident: bool, from_disk: bool) -> MemoryPlan | None:
+        """The fastest plan, None where it does not fit."""
+        request = self.request
+        try:
+            # 1. Everything at once, where nothing else was asked for.
+            text_encoder = self._text_encoder(None, None)
+            if not request.needs.num_streamed and not from_disk:
+                whole = _place(self.weights, self.precision, self.weights.total)
+                plan = self._together(whole, text_encoder, budget)
+                if plan is not None:
+                    return plan
+            # 2. In turns. The DiT first: its stage is the long one.
+            room = None if budget is None else budget - self.activations
+            dit = self._dit(room, host, only_resident=only_resident, from_disk=from_disk)
+            left = None if host is None else host - dit.host_bytes
+            return self._in_turns(dit, self._text_encoder(budget, left), budget)
+        except DoesNotFit:
+            return None
+
+    def _together(self, dit: NetworkPlan, text_encoder: NetworkPlan | None, budget: int | None) -> MemoryPlan | None:
+        """A plan without any network leaving the device."""
+        weights = dit.device_bytes + self.autoencoder_weights
+        weights += text_encoder.device_bytes if text_encoder is not None else 0
+        for tile in _tiles(self.request, SMALLEST_TILE_BESIDE_DIT):
+            plan = MemoryPlan(
+                dit=dit,
+                text_encoder=text_encoder,
+                takes_turns=False,
+                dit_stays=True,
+                tile=tile,
+                checkpointing=self.checkpointing,
+                text_encoding_bytes=weights + self._text_activations(text_encoder) if text_encoder is not None else 0,
+                sampling_bytes=weights + self.activations,
+                decoding_bytes=weights + self.autoencoding(tile) if self.request.uses_autoencoder else 0,
+            )
+            if budget is None or plan.peak_bytes <= budget:
+                return plan
+        return None
+
+    def _in_turns(self, dit: NetworkPlan, text_encoder: NetworkPlan | None, budget: int | None) -> MemoryPlan:
+        text_bytes = 0
+        if text_encoder is not None:
+            text_bytes = text_encoder.device_bytes + self._text_activations(text_encoder)
+        for dit_stays, smallest in ((True, SMALLEST_TILE_BESIDE_DIT), (False, min(TILES))):
+            # The ring is free while the autoencoder works.
+            beside = dit.device_bytes - dit.ring_size * max(self.weights.slots) if dit_stays else 0
+            for tile in _tiles(self.request, smallest):
+                decoding = self.autoencoder_weights + self.autoencoding(tile) + beside
+                if budget is None or not self.request.uses_autoencoder or decoding <= budget:
+                    return MemoryPlan(
+                        dit=dit,
+                        text_encoder=text_encoder,
+                        takes_turns=True,
+                        dit_stays=dit_stays,
+                        tile=tile if self.request.uses_autoencoder else None,
+                        checkpointing=self.checkpointing,
+                        text_encoding_bytes=text_bytes,
+                        sampling_bytes=dit.device_bytes + self.activations,
+                        decoding_bytes=decoding if self.request.uses_autoencoder else 0,
+                    )
+        raise DoesNotFit
+
+    def _dit(self, room: int | None, host: int | None, *, only_resident: bool, from_disk: bool) -> NetworkPlan:
+        number = self.request.needs.num_streamed
+        if number is not None and number > 0:
+            num_resident = len(self.weights.blocks) - number
+            plans = [_streamed(self.weights, self.precision, num_resident, ring) for ring in (RING_SIZE, 1)]
+        else:
+            plans = _fitting(self.weights, self.precision, room)
+        for plan in plans:
+            if plan.is_streamed and (only_resident or not self.can_stream):
+                continue
+            if room is not None and plan.device_bytes > room:
+                continue
+            if from_disk and plan.is_streamed:
+                return replace(plan, from_disk=True, host_bytes=0)
+            if host is None or plan.host_bytes <= host:
+                return plan
+        raise DoesNotFit
+
+    def _text_encoder(self, budget: int | None, host: int | None) -> NetworkPlan | None:
+        if not self.request.uses_text_encoder:
+            return None
+        for precision in _text_encoder_precisions(self.request):
+            weights = self._text_encoder_weights(precision)
+            activations = self._activations_of_text(weights, precision)
+            room = None if budget is None else budget - activations
+            file = self.request.text_encoder_file
+            for plan in _fitting(weights, precision, room):
+                if room is not None and plan.device_bytes > room:
+                    continue
+                if host is None or plan.host_bytes <= host:
+                    return plan
+                if file.can_stream and precision == file.precision:
+                    return replace(plan, from_disk=True, host_bytes=0)
+        raise DoesNotFit
+
+    def _text_encoder_weights(self, precision: WeightPrecision) -> NetworkBytes:
+        plain = precision if precision in ITEM_BYTES else self.request.text_encoder_file.plain
+        return text_encoder_bytes(self.request.variant.text_encoder, weight_format(precision), ITEM_BYTES[plain])
+
+    def _text_activations(self, plan: NetworkPlan) -> int:
+        return self._activations_of_text(self._text_encoder_weights(plan.precision), plan.precision)
+
+    def _activations_of_text(self, weights: NetworkBytes, precision: WeightPrecision) -> int:
+        plain = precision if precision in ITEM_BYTES else self.request.text_encoder_file.plain
+        dense = precision == "nf4" or (precision == "fp8" and self.request.device_type != "cuda")
+        return text_encoding_bytes(self.request.variant.text_encoder, weights, ITEM_BYTES[plain], dense=dense)
+
+
+def _text_encoder_precisions(request: MemoryRequest) -> tuple[WeightPrecision, ...]:
+    asked, file = request.text_encoder_precision, request.text_encoder_file
+    if asked != "auto":
+        return (asked,)
+    # Streamed in its own precision; the others only where neither host memory nor the file will do.
+    return (file.plain, "fp8", "nf4")
+
+
+def _tiles(request: MemoryRequest, smallest: int) -> list[int | None]:
+    sides = [side // PIXELS_PER_LATENT for size in (request.size, *request.needs.reference_sizes) for side in size]
+    tiles: list[int | None] = [tile for tile in TILES if smallest <= tile < max(sides)]
+    if request.needs.tile_autoencoder and tiles:
+        return tiles
+    return [None, *tiles]
+
+
+def _fitting(weights: NetworkBytes, precision: WeightPrecision, room: int | None) -> list[NetworkPlan]:
+    """All blocks on the device, or as many as leave space for the ring; the fastest first, down to the smallest."""
+    plans = [_place(weights, precision, weights.total)]
+    number = len(weights.blocks)
+    for ring in (RING_SIZE, 1):
+        fitting = [0]
+        if room is not None:
+            fitting += [n for n in range(1, number) if _streamed(weights, precision, n, ring).device_bytes <= room]
+        plans.append(_streamed(weights, precision, max(fitting), ring))
+    return plans
+
+
+def _place(weights: NetworkBytes, precision: WeightPrecision, device_bytes: int) -> NetworkPlan:
+    number = len(weights.blocks)
+    return NetworkPlan(
+        precision=precision,
+        num_blocks=number,
+        num_resident=number,
+        ring_size=0,
+        device_bytes=device_bytes,
+        host_bytes=0,
+    )
+
+
+def _streamed(weights: NetworkBytes, precision: WeightPrecision, num_resident: int, ring_size: int) -> NetworkPlan:
+    streamed = streamed_indices(len(weights.blocks), num_resident)
+    ring_size = min(ring_size, len(streamed))
+    resident = sum(weights.blocks) - sum(weights.blocks[index] for index in streamed)
+    ring = ring_size * max(weights.slots[index] for index in streamed)
+    return NetworkPlan(
+        precision=precision,
+        num_blocks=len(weights.blocks),
+        num_resident=num_resident,
+        ring_size=ring_size,
+        device_bytes=weights.outer + resident + ring,
+        host_bytes=sum(weights.slots[index] for index in streamed),
+    )
+
+
+def least_plan(request: MemoryRequest) -> MemoryPlan | None:
+    """The plan that takes the least of the device, with enough host memory; in the precision that is asked for."""
+    plans: list[MemoryPlan] = []
+    for precision, only_resident, disk in _candidates(request):
+        for checkpointing in _checkpointing_modes(request):
+            stages = _Stages(request, precision, checkpointing)
+            # No budget fits less than this one: every search goes down to the smallest before it gives up.
+            low, high = 0, 2**44
+            while high - low > 2**20:
+                middle = (low + high) // 2
+                found = stages.plan(middle, None, only_resident=only_resident, from_disk=disk)
+                low, high = (low, middle) if found else (middle, high)
+            found = stages.plan(high, None, only_resident=only_resident, from_disk=disk)
+            plans += [found] if found is not None else []
+    return min(plans, key=lambda plan: plan.peak_bytes, default=None)
+
+
+def _refusal(request: MemoryRequest, budget: int | None, host: int | None) -> str:
+    width, height = request.size
+    least = least_plan(request)
+    assert least is not None, "with enough memory everything fits"
+    what = f"{request.variant.name} at {width}x{height} px"
+    if budget is None or least.peak_bytes <= budget:
+        free = "?" if host is None else f"{host / GIB:.1f}"
+        return (
+            f"{what} needs more host memory than the {free} GiB that are free, and {request.precision} weights cannot "
+            "be streamed from this file: write a file that holds them with `flux2 quantize`, leave the precision at "
+            "auto, or raise the budget of the device"
+        )
+    needed = in_words(-(-least.peak_bytes // (GIB // 100)) * (GIB // 100))  # rounded up
+    work = f"training with rank {request.rank}" if request.rank is not None else "making pictures"
+    return (
+        f"{work} with {what} does not fit into {in_words(budget)}: the least that works is {needed} "
+        f"({describe(least)}); raise the budget, free device memory, or take a smaller picture or batch"
+    )
