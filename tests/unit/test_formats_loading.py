@@ -18,7 +18,7 @@ from flux2_kit.flux2_core.linear import FORMATS, Linear
 from flux2_kit.flux2_core.lora import LoraSetting, merge_loras, merged_weight
 from flux2_kit.flux2_core.lora_factors import Lora, LoraFactors, LoraReport
 from flux2_kit.flux2_core.lora_files import linear_shapes
-from flux2_kit.flux2_core.pipeline import GenerateRequest, Generation, SamplingConfig, load_pipeline
+from flux2_kit.flux2_core.pipeline import Flux2Pipeline, GenerateRequest, Generation, SamplingConfig, load_pipeline
 from flux2_kit.flux2_core.state_dict import convert
 from flux2_kit.flux2_core.variants import VARIANTS
 from flux2_kit.flux2_core.weights import TINY_FILES, TINY_FOLDER
@@ -295,8 +295,11 @@ def picture() -> Generation:
 )
 def test_pictures_of_the_bundled_model_stay_right(picture, monkeypatch, precision, mode, limit):
     monkeypatch.setitem(fp8._scaled_mm, -1, mode)  # activations in 8 bits as well, as on a GPU
-    pipeline = load_pipeline("tiny", dtype=torch.float32)
-    pipeline.dit, _ = load_dit(TINY_DIT, "tiny", torch.float32, precision=precision)
+    plain = load_pipeline("tiny", dtype=torch.float32)
+    dit, _ = load_dit(TINY_DIT, "tiny", torch.float32, precision=precision)
+    pipeline = Flux2Pipeline(
+        variant=plain.variant, dit=dit, autoencoder=plain.autoencoder, text_encoder=plain.text_encoder
+    )
     result = pipeline.generate(REQUEST)
     assert limit / 4 < relative(result.latents, picture.latents) < limit
     (scene,) = judge(image_to_tensor(result.images[0]) / 2 + 0.5)
