@@ -11,7 +11,10 @@ import torch
 from flux2_kit.training.metrics import read_metrics
 
 FOLDER = Path(__file__).parents[2] / "example_workflows"
-NAMES = ["text_to_image_tiny", "reference_edit_tiny", "train_lora_tiny", "text_to_image_klein-4b", "text_to_image_dev"]
+NAMES = [
+    *("text_to_image_tiny", "reference_edit_tiny", "multi_reference_edit_tiny", "lora_stack_tiny", "train_lora_tiny"),
+    *("text_to_image_klein-4b", "text_to_image_klein-base-9b", "text_to_image_dev"),
+]
 
 
 def read(name: str) -> tuple[dict, dict]:
@@ -47,13 +50,15 @@ def from_ui(ui: dict, node_classes: dict) -> dict:
             continue
         schema = node_classes[node["type"]].INPUT_TYPES()
         linked = {entry["name"]: entry["link"] for entry in node["inputs"]}
+        widgets = {entry["widget"]["name"] for entry in node["inputs"] if "widget" in entry}
         values, inputs = list(node["widgets_values"]), {}
         for key, (kind, *rest) in {**schema.get("required", {}), **schema.get("optional", {})}.items():
+            if key not in linked or key in widgets:
+                inputs[key] = values.pop(0)
             if key in linked:
                 if linked[key] is not None:
                     inputs[key] = sources[linked[key]]
                 continue
-            inputs[key] = values.pop(0)
             if rest and rest[0].get("control_after_generate"):
                 assert values.pop(0) in ("fixed", "increment", "decrement", "randomize")
             assert isinstance(kind, list) or kind.isupper()

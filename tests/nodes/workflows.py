@@ -12,7 +12,7 @@ from typing import Any
 
 from executor import NATIVE_NODES, is_link, topological_order
 from flux2_kit import NODE_CLASS_MAPPINGS
-from flux2_kit.flux2_core.variants import MISTRAL_SMALL, QWEN3_4B, VARIANTS
+from flux2_kit.flux2_core.variants import MISTRAL_SMALL, QWEN3_4B, QWEN3_8B, VARIANTS, TextEncoderConfig
 from flux2_kit.flux2_core.weights import AUTOENCODER_NAMES, TEXT_ENCODER_NAMES
 from flux2_kit.nodes.host import BUNDLED
 from flux2_kit.training.tiny.styles import STYLE
@@ -39,6 +39,7 @@ WIDTHS = {
     "Flux2KitCacheDataset": 420,
     "Flux2KitTrainLoRA": 460,
     "Flux2KitApplyLoRA": 320,
+    "Flux2KitPromptJSON": 420,
 }
 
 
@@ -52,6 +53,7 @@ class Workflow:
     models: dict[str, dict[str, str]] = field(default_factory=dict)
     """What ComfyUI offers to download when a node's file is missing."""
     note: str = ""
+    note_title: str = "Where the files come from"
 
     def column(self, title: str) -> None:
         self.columns.append((title, []))
@@ -158,26 +160,99 @@ def train_lora_tiny() -> Workflow:
     return flow
 
 
-def text_to_image_klein_4b() -> Workflow:
-    variant = VARIANTS["klein-4b"]
-    assert variant.dit_file is not None
-    text_encoder_name = TEXT_ENCODER_NAMES[QWEN3_4B][0]
+def multi_reference_edit_tiny() -> Workflow:
     flow = Workflow()
     flow.column("1. Models")
-    urls = (
-        f"{HUGGING_FACE}/{variant.dit_file.repository}/resolve/main/{variant.dit_file.filename}",
-        f"{HUGGING_FACE}/Comfy-Org/Flux-2-Klein-4B/resolve/main/split_files/text_encoders/{text_encoder_name}",
-        f"{HUGGING_FACE}/Comfy-Org/flux2-dev/resolve/main/split_files/vae/{AUTOENCODER_NAMES[0]}",
+    dit, text_encoder, ae = add_loaders(flow, BUNDLED, BUNDLED, BUNDLED)
+    flow.column("2. Prompts")
+    prompts = (
+        ("Picture 1", "a large red star at the left on a white background"),
+        ("Picture 2", "a large blue square at the center on a yellow background"),
+        ("Edit", "the shape of image 1 in the colour of image 2"),
+        ("Negative prompt", ""),
     )
-    dit, text_encoder, ae = add_loaders(
-        flow, variant.dit_file.filename, text_encoder_name, AUTOENCODER_NAMES[0], variant.name, urls
+    first, second, edit, negative = (
+        flow.add("Flux2KitEncodePrompt", title, text_encoder=text_encoder, prompt=prompt) for title, prompt in prompts
     )
+    flow.column("3. Pictures to start from")
+    latents = [
+        flow.add("Flux2KitSample", f"Picture {number}", dit=dit, positive=positive, negative=negative, seed=number)
+        for number, positive in ((1, first), (2, second))
+    ]
+    flow.column("4. Decode")
+    images = [flow.add("Flux2KitDecode", ae=ae, latent=latent) for latent in latents]
+    for number, image in enumerate(images, start=1):
+        flow.add("PreviewImage", f"Picture {number}", images=image)
+    flow.column("5. References")
+    references = flow.add("Flux2KitEncodeReference", "image 1", ae=ae, image=images[0])
+    references = flow.add("Flux2KitEncodeReference", "image 2", ae=ae, image=images[1], references=references)
+    flow.column("6. Edit")
+    latent = flow.add("Flux2KitSample", dit=dit, positive=edit, negative=negative, references=references, ae=ae, seed=3)
+    add_result(flow, ae, latent, "flux2_kit/tiny_multi_edit", number=7)
+    return flow
+
+
+def lora_stack_tiny() -> Workflow:
+    prompt = f"{STYLE}, a large red circle at the top left on a blue background"
+    flow = Workflow()
+    flow.column("1. Models")
+    dit, text_encoder, ae = add_loaders(flow, BUNDLED, BUNDLED, BUNDLED)
+    flow.note_title = "Which LoRAs"
+    flow.note = (
+        "Choose files of `models/loras` in the three nodes; `none` leaves the DiT as it is. The order does not "
+        "matter.\n\nThe workflow *train_lora_tiny* makes a LoRA for this model. For your own LoRAs choose the model "
+        "that they were trained on: DiT, text encoder and AE."
+    )
+    flow.column("2. LoRAs")
+    adapted = dit
+    for number, strength in ((1, 1.0), (2, 0.8), (3, 0.5)):
+        adapted = flow.add("Flux2KitApplyLoRA", f"LoRA {number}", dit=adapted, strength=strength)
+    flow.column("3. Prompt")
+    positive = flow.add("Flux2KitEncodePrompt", "Prompt", text_encoder=text_encoder, prompt=prompt)
+    negative = flow.add("Flux2KitEncodePrompt", "Negative prompt", text_encoder=text_encoder)
+    for number, title, network in ((4, "Without", dit), (5, "With all LoRAs", adapted)):
+        flow.column(f"{number}. {title}")
+        latent = flow.add("Flux2KitSample", dit=network, positive=positive, negative=negative, ae=ae)
+        image = flow.add("Flux2KitDecode", ae=ae, latent=latent)
+        prefix = f"flux2_kit/tiny_stack_{title.split()[0].lower()}"
+        flow.add("SaveImage", title, images=image, filename_prefix=prefix)
+    return flow
+
+
+def text_to_image_klein_4b() -> Workflow:
+    flow = Workflow()
+    flow.column("1. Models")
+    dit, text_encoder, ae = add_released(flow, "klein-4b", QWEN3_4B, "Flux-2-Klein-4B")
     flow.column("2. Prompt")
     prompt = "A red fox asleep in fresh snow under a pine, soft morning light, photograph"
     positive = flow.add("Flux2KitEncodePrompt", "Prompt", text_encoder=text_encoder, prompt=prompt)
     flow.column("3. Sample")
     latent = flow.add("Flux2KitSample", dit=dit, positive=positive, ae=ae)
     add_result(flow, ae, latent, "flux2_kit/klein-4b")
+    return flow
+
+
+def text_to_image_klein_base_9b() -> Workflow:
+    flow = Workflow()
+    flow.column("1. Models")
+    repository = "vae-text-encorder-for-flux-klein-9b"
+    dit, text_encoder, ae = add_released(flow, "klein-base-9b", QWEN3_8B, repository)
+    flow.column("2. Prompts and size")
+    prompt = "A glass greenhouse at night, lit from inside, fog between tall ferns, wide shot, photograph"
+    positive = flow.add("Flux2KitEncodePrompt", "Prompt", text_encoder=text_encoder, prompt=prompt)
+    negative = flow.add("Flux2KitEncodePrompt", "Negative prompt", text_encoder=text_encoder)
+    size = flow.add("Flux2KitEmptyLatent", "Size", aspect_ratio="3:2")
+    flow.column("3. Sample")
+    latent = flow.add(
+        "Flux2KitSample",
+        dit=dit,
+        positive=positive,
+        negative=negative,
+        ae=ae,
+        width=size.output(1),
+        height=size.output(2),
+    )
+    add_result(flow, ae, latent, "flux2_kit/klein-base-9b")
     return flow
 
 
@@ -192,20 +267,38 @@ def text_to_image_dev() -> Workflow:
         f"{repository}/vae/{AUTOENCODER_NAMES[0]}",
     )
     dit, text_encoder, ae = add_loaders(flow, dit_name, text_encoder_name, AUTOENCODER_NAMES[0], "dev", urls)
-    flow.column("2. Prompt")
-    prompt = 'A shop window at dusk in the rain; a neon sign in it reads "OPEN LATE", photograph, 35 mm'
+    flow.column("2. Structured prompt")
+    prompt = flow.add(
+        "Flux2KitPromptJSON",
+        scene="A small shop window at dusk in the rain",
+        subjects='a neon sign that reads "OPEN LATE" / upper middle of the window / glowing\n'
+        "a grey cat / on the sill behind the glass / asleep",
+        style="photograph",
+        lighting="neon light, reflections on wet pavement",
+        mood="quiet",
+        camera_lens="35 mm",
+        num_colors=3,
+        color_1="#0b1d3a",
+        color_2="#ff3864",
+        color_3="#f6c453",
+    )
+    flow.column("3. Encode")
     positive = flow.add("Flux2KitEncodePrompt", "Prompt", text_encoder=text_encoder, prompt=prompt)
-    flow.column("3. Sample")
-    latent = flow.add("Flux2KitSample", dit=dit, positive=positive, ae=ae)
-    add_result(flow, ae, latent, "flux2_kit/dev")
+    size = flow.add("Flux2KitEmptyLatent", "Size", aspect_ratio="4:3")
+    flow.column("4. Sample")
+    latent = flow.add("Flux2KitSample", dit=dit, positive=positive, ae=ae, width=size.output(1), height=size.output(2))
+    add_result(flow, ae, latent, "flux2_kit/dev", number=5)
     return flow
 
 
 WORKFLOWS = {
     "text_to_image_tiny": text_to_image_tiny,
     "reference_edit_tiny": reference_edit_tiny,
+    "multi_reference_edit_tiny": multi_reference_edit_tiny,
+    "lora_stack_tiny": lora_stack_tiny,
     "train_lora_tiny": train_lora_tiny,
     "text_to_image_klein-4b": text_to_image_klein_4b,
+    "text_to_image_klein-base-9b": text_to_image_klein_base_9b,
     "text_to_image_dev": text_to_image_dev,
 }
 
@@ -223,8 +316,24 @@ def add_loaders(
     for link, folder, name, url in zip(links, folders, (dit, text_encoder, ae), urls, strict=bool(urls)):
         flow.models[link.node_id] = {"name": name, "url": url, "directory": folder}
         lines.append(f"- `models/{folder}`: [{name}]({url})")
-    flow.note = "Files, in ComfyUI's folder:\n\n" + "\n".join(lines) if lines else ""
+    if lines:
+        flow.note = "Files, in ComfyUI's folder:\n\n" + "\n".join(lines)
     return links
+
+
+def add_released(
+    flow: Workflow, name: str, text_encoder: TextEncoderConfig, repository: str
+) -> tuple[Link, Link, Link]:
+    """Loaders of a klein; its text encoder lies in a repository of Comfy-Org."""
+    variant = VARIANTS[name]
+    assert variant.dit_file is not None
+    text_encoder_name = TEXT_ENCODER_NAMES[text_encoder][0]
+    urls = (
+        f"{HUGGING_FACE}/{variant.dit_file.repository}/resolve/main/{variant.dit_file.filename}",
+        f"{HUGGING_FACE}/Comfy-Org/{repository}/resolve/main/split_files/text_encoders/{text_encoder_name}",
+        f"{HUGGING_FACE}/Comfy-Org/flux2-dev/resolve/main/split_files/vae/{AUTOENCODER_NAMES[0]}",
+    )
+    return add_loaders(flow, variant.dit_file.filename, text_encoder_name, AUTOENCODER_NAMES[0], name, urls)
 
 
 def add_result(flow: Workflow, ae: Link, latent: Link, prefix: str, number: int = 4) -> None:
@@ -251,6 +360,10 @@ def to_ui(flow: Workflow) -> dict[str, Any]:
             "inputs": [
                 {"name": name, "type": kind, **({"shape": 7} if optional else {}), "link": None}
                 for name, kind, optional in sockets(node_class)
+            ]
+            + [
+                {"name": name, "type": kind, "widget": {"name": name}, "link": None}
+                for name, kind in linked_widgets(node_class, node["inputs"])
             ],
             "outputs": [
                 {"name": name, "type": kind, "links": [], "slot_index": slot}
@@ -273,7 +386,7 @@ def to_ui(flow: Workflow) -> dict[str, Any]:
                 links.append([entry["link"], int(value[0]), value[1], int(node_id), slot, entry["type"]])
     shown = list(nodes.values())
     if flow.note:
-        shown.append(note_node(flow.note, len(nodes) + 1, places["note"]))
+        shown.append(note_node(flow, len(nodes) + 1, places["note"]))
     return {
         "last_node_id": len(shown),
         "last_link_id": len(links),
@@ -286,7 +399,7 @@ def to_ui(flow: Workflow) -> dict[str, Any]:
     }
 
 
-def note_node(text: str, node_id: int, place: list[int]) -> dict[str, Any]:
+def note_node(flow: Workflow, node_id: int, place: list[int]) -> dict[str, Any]:
     """A note of the front end: it is not part of what the server runs."""
     return {
         "id": node_id,
@@ -298,9 +411,9 @@ def note_node(text: str, node_id: int, place: list[int]) -> dict[str, Any]:
         "mode": 0,
         "inputs": [],
         "outputs": [],
-        "title": "Where the files come from",
+        "title": flow.note_title,
         "properties": {},
-        "widgets_values": [text],
+        "widgets_values": [flow.note],
     }
 
 
@@ -364,13 +477,20 @@ def sockets(node_class: Any) -> list[tuple[str, str, bool]]:
     ]
 
 
+def linked_widgets(node_class: Any, inputs: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, type) of the widgets that take another node's output."""
+    schema = node_class.INPUT_TYPES()
+    entries = {**schema.get("required", {}), **schema.get("optional", {})}
+    return [(name, kind) for name, (kind, *_) in entries.items() if is_widget(kind) and is_link(inputs[name])]
+
+
 def widget_values(node_class: Any, inputs: dict[str, Any]) -> list[Any]:
-    """In the order of the widgets; the front end adds one of its own after a seed."""
+    """In the order of the widgets; the front end adds one of its own after a seed, and a linked one keeps its value."""
     schema = node_class.INPUT_TYPES()
     values: list[Any] = []
     for name, (kind, *rest) in {**schema.get("required", {}), **schema.get("optional", {})}.items():
         if is_widget(kind):
-            values.append(inputs[name])
+            values.append(rest[0]["default"] if is_link(inputs[name]) else inputs[name])
             if rest and rest[0].get("control_after_generate"):
                 values.append("fixed")
     return values
