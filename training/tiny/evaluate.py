@@ -1,7 +1,7 @@
 """How well the bundled tiny model does what it is asked, on combinations it never saw in training.
 
 The judge is exact, not learned: a picture is taken for the scene whose mask explains it best with any two colours
-(least squares over all 162 masks), and each colour for the nearest of the palette.
+(least squares over the 162 masks of each style), and each colour for the nearest of the palette.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .pictures import (
     KINDS,
     POSITIONS,
     SIZES,
+    STYLES,
     Scene,
     color_values,
     draw_scenes,
@@ -50,8 +51,13 @@ class Score:
 
 
 def judge(pictures: Tensor) -> list[Scene]:
-    """The scene that each picture ``[N, 3, 64, 64]`` in 0..1 shows."""
-    masks = scene_masks().flatten(1)  # [M, P]
+    """The scene that each picture ``[N, 3, 64, 64]`` in 0..1 shows, where all shapes are plain."""
+    return [scene for scene, _ in judge_styles(pictures, ("plain",))]
+
+
+def judge_styles(pictures: Tensor, styles: Sequence[str] = STYLES) -> list[tuple[Scene, str]]:
+    """The scene that each picture ``[N, 3, 64, 64]`` in 0..1 shows, and in which of the styles."""
+    masks = torch.cat([scene_masks(style) for style in styles]).flatten(1)  # [M, P]
     pixels = pictures.flatten(2)  # [N, 3, P]
     # Least squares of pixels = background + mask * (foreground - background), in closed form per mask and channel.
     mean_mask, mean_pixel = masks.mean(1), pixels.mean(2)
@@ -64,16 +70,15 @@ def judge(pictures: Tensor) -> list[Scene]:
     backgrounds = mean_pixel - mean_mask[best, None] * difference
     palette, names = color_values(), list(COLORS)
     nearest = [torch.cdist(colors, palette).argmin(1).tolist() for colors in (backgrounds + difference, backgrounds)]
-    return [
-        Scene(
-            kind=KINDS[index // (len(SIZES) * len(POSITIONS))],
-            size=list(SIZES)[index // len(POSITIONS) % len(SIZES)],
-            position=POSITIONS[index % len(POSITIONS)],
-            color=names[color],
-            background=names[background],
-        )
-        for index, color, background in zip(best.tolist(), *nearest, strict=True)
+    shapes = [
+        (style, kind, size, position) for style in styles for kind in KINDS for size in SIZES for position in POSITIONS
     ]
+    shown = []
+    for index, color, background in zip(best.tolist(), *nearest, strict=True):
+        style, kind, size, position = shapes[index]
+        scene = Scene(kind=kind, size=size, position=position, color=names[color], background=names[background])
+        shown.append((scene, style))
+    return shown
 
 
 def held_out_prompts() -> list[Example]:

@@ -47,6 +47,10 @@ POSITIONS = (
     "bottom",
     "bottom right",
 )
+STYLES = ("plain", "striped")
+"""How a shape is filled: whole, or with stripes. The model knows plain shapes; a LoRA is to learn the other style."""
+STRIPE_PERIOD, STRIPE_WIDTH = 16, 10
+"""In pixels: vertical stripes, from the left edge of the picture on."""
 NUM_HELD_OUT_SCENES = 200
 
 
@@ -93,7 +97,13 @@ def scene_center(size: str, position: str) -> tuple[float, float]:
 
 
 def draw_masks(
-    kind: str, center_x: Tensor, center_y: Tensor, size: Tensor, angle: Tensor, picture_size: int = PICTURE_SIZE
+    kind: str,
+    center_x: Tensor,
+    center_y: Tensor,
+    size: Tensor,
+    angle: Tensor,
+    picture_size: int = PICTURE_SIZE,
+    style: str = "plain",
 ) -> Tensor:
     """Coverage masks ``[N, S, S]`` in 0..1 of N shapes of one kind; centres and sizes in pixels, angles in radians."""
     side = picture_size * SUPERSAMPLING
@@ -102,8 +112,10 @@ def draw_masks(
     dx, dy = x - center_x.view(-1, 1, 1), y - center_y.view(-1, 1, 1)
     cos, sin, radius = (value.view(-1, 1, 1) for value in (angle.cos(), angle.sin(), size / 2))
     u, v = (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius  # the shape fits in -1..1
-    inside = _inside(kind, u, v).float().unsqueeze(1)
-    return _soften(F.avg_pool2d(inside, SUPERSAMPLING)).squeeze(1)
+    inside = _inside(kind, u, v)
+    if style == "striped":
+        inside &= x.remainder(STRIPE_PERIOD) < STRIPE_WIDTH
+    return _soften(F.avg_pool2d(inside.float().unsqueeze(1), SUPERSAMPLING)).squeeze(1)
 
 
 def _inside(kind: str, u: Tensor, v: Tensor) -> Tensor:
@@ -136,14 +148,15 @@ def _soften(masks: Tensor) -> Tensor:
     return F.conv2d(F.conv2d(padded, taps.view(1, 1, 1, 5)), taps.view(1, 1, 5, 1))
 
 
-@lru_cache(maxsize=1)
-def scene_masks() -> Tensor:
+@lru_cache(maxsize=len(STYLES))
+def scene_masks(style: str = "plain") -> Tensor:
     """The masks ``[162, 64, 64]`` of all kinds, sizes and positions, ordered by `mask_index`."""
+    assert style in STYLES, style
     masks = []
     for kind in KINDS:
         places = [(SIZES[size], *scene_center(size, position)) for size in SIZES for position in POSITIONS]
         size, x, y = (torch.tensor(column, dtype=torch.float32) for column in zip(*places, strict=True))
-        masks.append(draw_masks(kind, x, y, size, torch.zeros_like(size)))
+        masks.append(draw_masks(kind, x, y, size, torch.zeros_like(size), style=style))
     return torch.cat(masks)
 
 
@@ -164,10 +177,10 @@ def compose(masks: Tensor, foregrounds: Tensor, backgrounds: Tensor) -> Tensor:
     return torch.lerp(backgrounds[:, :, None, None], foregrounds[:, :, None, None], masks[:, None])
 
 
-def draw_scenes(scenes: list[Scene] | tuple[Scene, ...]) -> Tensor:
+def draw_scenes(scenes: list[Scene] | tuple[Scene, ...], style: str = "plain") -> Tensor:
     """Pictures ``[N, 3, 64, 64]`` in 0..1."""
     palette, names = color_values(), list(COLORS)
-    masks = scene_masks()[[mask_index(scene) for scene in scenes]]
+    masks = scene_masks(style)[[mask_index(scene) for scene in scenes]]
     foregrounds = palette[[names.index(scene.color) for scene in scenes]]
     backgrounds = palette[[names.index(scene.background) for scene in scenes]]
     return compose(masks, foregrounds, backgrounds)
