@@ -128,9 +128,12 @@ def caption_orders(caption: str, subset: SubsetConfig, *, seed: int = 0) -> tupl
     return tuple(_with_trigger(text, subset.trigger_word, join) for text in orders)
 
 
-def is_held_out(name: str, fraction: float) -> bool:
-    """Whether a picture is for validation: by its name alone, so that it stays where it is when others come."""
-    return _fraction(name) < fraction
+def validation_order(name: str) -> float:
+    """A picture's place, 0..1, in the order in which pictures are held out for validation.
+
+    It follows from the name alone: when pictures come or go, few of the others change sides.
+    """
+    return _fraction(name)
 
 
 def read_picture_size(path: Path) -> tuple[int, int]:
@@ -430,14 +433,13 @@ def _say_no_pictures(folder: Path) -> str:
 
 
 def _split_off_validation(subset: SubsetConfig, items: list[DatasetItem]) -> list[DatasetItem]:
-    """Marks the pictures that are held out: at least one, and never all."""
+    """Marks the pictures that are held out: the share that is asked for, at least one, and never all."""
     if not subset.validation_fraction:
         return items
-    names = sorted({item.name for item in items}, key=_fraction)
+    names = sorted({item.name for item in items}, key=validation_order)
     if len(names) < 2:
         raise ValueError(f"{subset.place} has one picture, so none can be held out; set validation_fraction to 0")
-    held_out = {name for name in names if is_held_out(name, subset.validation_fraction)}
-    held_out = (held_out or {names[0]}) - ({names[-1]} if len(held_out) == len(names) else set())
+    held_out = set(names[: min(max(round(subset.validation_fraction * len(names)), 1), len(names) - 1)])
     return [replace(item, is_validation=item.name in held_out) for item in items]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...flux2_core.files import write_atomically, write_text
 from ...flux2_core.images import tensor_to_images
-from ..dataset import is_held_out
+from ..dataset import validation_order
 from .captions import full_caption
 from .pictures import COLORS, KINDS, PICTURE_SIZE, POSITIONS, SIZES, Scene, draw_scenes, held_out_scenes
 from .styles import INSTRUCTION, STYLE
@@ -78,7 +78,7 @@ def _names() -> list[str]:
     kept: dict[bool, list[str]] = {False: [], True: []}
     for number in itertools.count(1):
         name = f"{number:03d}"
-        kept[is_held_out(f"{name}.png", VALIDATION_FRACTION)].append(name)
+        kept[validation_order(f"{name}.png") < VALIDATION_FRACTION].append(name)
         if len(kept[False]) >= NUM_PICTURES and len(kept[True]) >= NUM_VALIDATION_PICTURES:
             break
     return kept[False][:NUM_PICTURES] + kept[True][:NUM_VALIDATION_PICTURES]
