@@ -26,6 +26,9 @@ SLOT_HEIGHT = 20
 WIDGET_HEIGHT = 28
 TEXT_HEIGHT = 100
 PICTURE_SIDE = 320
+LINE_HEIGHT = 40
+PREVIEW_HEIGHT = 224
+"""Of a line of text and a live preview below the widgets."""
 GAP = 50
 GROUP_MARGIN = 20
 WIDTHS = {
@@ -455,7 +458,11 @@ def node_size(node: dict[str, Any]) -> tuple[int, int]:
     num_slots = max(len(sockets(node_class)), len(node_class.RETURN_TYPES))
     height = 16 + SLOT_HEIGHT * num_slots + WIDGET_HEIGHT * len(widget_values(node_class, node["inputs"]))
     height += TEXT_HEIGHT * num_texts(node_class)
-    height += PICTURE_SIDE * hasattr(node_class, "OUTPUT_NODE")
+    if hasattr(node_class, "OUTPUT_NODE"):
+        height += PICTURE_SIDE
+    elif "unique_id" in node_class.INPUT_TYPES().get("hidden", {}):
+        # What a node shows while it runs makes it longer: it must not grow over the one below.
+        height += LINE_HEIGHT + PREVIEW_HEIGHT * ("ae" in node["inputs"])
     return WIDTHS.get(node["class_type"], PICTURE_SIDE), height
 
 
