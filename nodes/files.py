@@ -93,7 +93,7 @@ class ConvertLoRA:
                     list(get_args(Dialect)),
                     {
                         "default": "comfy",
-                        "tooltip": "comfy: read by ComfyUI, ai-toolkit and diffusers. kohya: sd-scripts and "
+                        "tooltip": "comfy: read by ComfyUI, ai-toolkit and diffusers. kohya: the names of "
                         "musubi-tuner. diffusers: diffusers and PEFT, with q, k and v apart.",
                     },
                 ),
