@@ -9,7 +9,6 @@ Pictures are ``[B, 3, H, W]`` in -1..1, H and W multiples of 16. Latents are ``[
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +16,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .autoencoder_strips import Strips
+
 PIXELS_PER_LATENT = 16
 """Side, in pixels, of the square that one packed latent position covers."""
-
-TILE_LATENTS = 48
-"""Side of a tile where none is named, in latent positions (768 px)."""
-TILE_OVERLAP_LATENTS = 8
-"""How far neighbouring tiles overlap; they are blended linearly there."""
 
 BATCH_NORM_EPS = 1e-4
 GROUP_NORM_EPS = 1e-6
@@ -221,14 +217,25 @@ class Flux2Autoencoder(nn.Module):
         z = unpack_2x2(self.denormalize(latents.to(weight.device, torch.float32)))
         return self.decoder(z.to(weight.dtype)).float()
 
-    def encode_tiled(self, images: Tensor, tile: int | None = None) -> Tensor:
-        """Like `encode`, in overlapping tiles of ``tile`` latent positions; memory does not grow with the picture."""
-        check_sides(images)  # before the cut: a tile of a wrong size may look right
-        return blend_tiles(images, self.encode, size_in=PIXELS_PER_LATENT, size_out=1, tile=tile)
+    def encode_tiled(self, images: Tensor, tile: int | None = None, *, store: torch.device | None = None) -> Tensor:
+        """`encode`, in strips: the same numbers in less memory, see `autoencoder_strips`.
 
-    def decode_tiled(self, latents: Tensor, tile: int | None = None) -> Tensor:
-        """Like `decode`, in overlapping tiles of ``tile`` latent positions; memory does not grow with the picture."""
-        return blend_tiles(latents, self.decode, size_in=1, size_out=PIXELS_PER_LATENT, tile=tile)
+        Args:
+            tile: a strip covers about as much as a square of this side, in latent positions; None: what is fast.
+            store: where whole tensors are kept; None: where the weights are.
+        """
+        check_sides(images)
+        weight, strips = self.encoder.conv_in.weight, _strips(tile, store)
+        moments = [strips.encode(self.encoder, row.to(weight.device, weight.dtype)) for row in images.split(1)]
+        mean = torch.cat(moments).chunk(2, dim=1)[0].float()
+        return self.normalize(pack_2x2(mean))
+
+    def decode_tiled(self, latents: Tensor, tile: int | None = None, *, store: torch.device | None = None) -> Tensor:
+        """`decode`, in strips; as `encode_tiled`."""
+        weight, strips = self.decoder.conv_in.weight, _strips(tile, store)
+        z = unpack_2x2(self.denormalize(latents.to(weight.device, torch.float32))).to(weight.dtype)
+        pictures = [strips.decode(self.decoder, row).float() for row in z.split(1)]
+        return torch.cat(pictures) if len(pictures) > 1 else pictures[0]
 
     def normalize(self, packed: Tensor) -> Tensor:
         """Subtracts the running mean and divides by the running deviation of each packed channel."""
@@ -261,52 +268,8 @@ def check_sides(images: Tensor) -> None:
         )
 
 
-def blend_tiles(
-    x: Tensor, fn: Callable[[Tensor], Tensor], *, size_in: int, size_out: int, tile: int | None = None
-) -> Tensor:
-    """Applies `fn` to overlapping tiles of ``[B, C, H, W]`` and blends the results with linear ramps.
-
-    Args:
-        x: input.
-        fn: maps a tile ``[B, C, h * size_in, w * size_in]`` to ``[B, C', h * size_out, w * size_out]``.
-        size_in: elements of `x` per latent position and side.
-        size_out: elements of the result per latent position and side.
-    """
-    side_of_tile = TILE_LATENTS if tile is None else tile
-    rows, columns = (tile_starts(side // size_in, side_of_tile) for side in x.shape[-2:])
-    if len(rows) == len(columns) == 1:
-        return fn(x)
-    height, width = (side // size_in * size_out for side in x.shape[-2:])
-    total = weights = None
-    for row in rows:
-        for column in columns:
-            top, left = row * size_in, column * size_in
-            part = fn(x[..., top : top + side_of_tile * size_in, left : left + side_of_tile * size_in])
-            if total is None or weights is None:
-                total = torch.zeros(*part.shape[:2], height, width, dtype=part.dtype, device=part.device)
-                weights = torch.zeros(height, width, dtype=part.dtype, device=part.device)
-            weight = _ramp(part.shape[-2], size_out)[:, None] * _ramp(part.shape[-1], size_out)[None]
-            weight = weight.to(part)
-            place = (slice(row * size_out, row * size_out + part.shape[-2]),)
-            place += (slice(column * size_out, column * size_out + part.shape[-1]),)
-            total[..., place[0], place[1]] += part * weight
-            weights[place] += weight
-    assert total is not None and weights is not None
-    return total.div_(weights)
-
-
-def tile_starts(length: int, tile: int) -> list[int]:
-    """First positions of tiles that cover `length` latent positions, the last one flush with the end."""
-    if length <= tile:
-        return [0]
-    stride = tile - TILE_OVERLAP_LATENTS
-    return [*range(0, length - tile, stride), length - tile]
-
-
-def _ramp(length: int, size_out: int) -> Tensor:
-    overlap = TILE_OVERLAP_LATENTS * size_out
-    rise = (torch.arange(length) + 1).clamp(max=overlap) / overlap
-    return torch.minimum(rise, rise.flip(0))
+def _strips(tile: int | None, store: torch.device | None) -> Strips:
+    return Strips(store, None if tile is None else (tile * PIXELS_PER_LATENT) ** 2)
 
 
 def pack_2x2(z: Tensor) -> Tensor:

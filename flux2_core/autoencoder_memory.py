@@ -7,14 +7,17 @@ as its input and output, which it turns into another order of channels.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Literal
 
 import torch
 
-from .autoencoder import PIXELS_PER_LATENT, TILE_OVERLAP_LATENTS, AutoencoderConfig, Flux2Autoencoder
+from .autoencoder import AutoencoderConfig, Flux2Autoencoder
+from .autoencoder_strips import STRIP_ELEMENTS
 
-TILES = (96, 64, 48, 32, 24, 16)
-"""Sides of tiles, in latent positions, that a plan chooses from; below three overlaps a picture is mostly seams."""
-assert min(TILES) >= 2 * TILE_OVERLAP_LATENTS
+Tiling = Literal["whole", "strips", "host"]
+"""How a picture runs through the autoencoder: at once, in strips, or in strips of tensors that are in host memory."""
+STRIP_COPIES = 3
+"""Tensors of a strip's size at a time: normed, padded, and convolved, or its result in fp32."""
 
 
 @lru_cache
@@ -60,22 +63,15 @@ class _Walk:
         self.held -= 2 * size
 
 
-def decoding_bytes(
-    config: AutoencoderConfig,
-    width: int,
-    height: int,
-    item_bytes: int,
-    *,
-    is_cuda: bool = True,
-    tile: int | None = None,
-) -> int:
-    """Peak of decoding one picture, weights aside.
+def decoding_bytes(config: AutoencoderConfig, width: int, height: int, item_bytes: int, *, is_cuda: bool = True) -> int:
+    """Peak of decoding one picture at once, weights aside.
 
     Args:
         width, height: of the picture, in pixels.
-        tile: side of the tiles, in latent positions; None decodes the picture at once.
+        item_bytes: of a weight and an activation.
+        is_cuda: whether convolutions take memory of their own.
     """
-    pixels, collected = _tile_pixels(width, height, tile)
+    pixels = width * height
     walk, widths = _Walk(is_cuda=is_cuda), config.decoder_widths
     scale = 4 ** (len(widths) - 1)
     size = widths[-1] * pixels // scale
@@ -96,20 +92,12 @@ def decoding_bytes(
     walk.held = channels * pixels
     walk.alive(channels * pixels, channels * pixels)
     walk.convolve(channels * pixels, 3 * pixels)
-    return walk.peak * item_bytes + (4 * 4 * width * height if collected else 0)
+    return walk.peak * item_bytes
 
 
-def encoding_bytes(
-    config: AutoencoderConfig,
-    width: int,
-    height: int,
-    item_bytes: int,
-    *,
-    is_cuda: bool = True,
-    tile: int | None = None,
-) -> int:
-    """Peak of encoding one picture; as `decoding_bytes`."""
-    pixels, _ = _tile_pixels(width, height, tile)
+def encoding_bytes(config: AutoencoderConfig, width: int, height: int, item_bytes: int, *, is_cuda: bool = True) -> int:
+    """Peak of encoding one picture at once; as `decoding_bytes`."""
+    pixels = width * height
     walk, widths = _Walk(is_cuda=is_cuda), config.encoder_widths
     walk.convolve(3 * pixels, widths[0] * pixels)
     channels = widths[0]
@@ -129,9 +117,38 @@ def encoding_bytes(
     return walk.peak * item_bytes + cast + 3 * 4 * width * height
 
 
-def _tile_pixels(width: int, height: int, tile: int | None) -> tuple[int, bool]:
-    """Pixels that run at once, and whether they are tiles of a larger picture."""
-    if tile is None:
-        return width * height, False
-    side = tile * PIXELS_PER_LATENT
-    return min(width, side) * min(height, side), width > side or height > side
+def strip_bytes(
+    config: AutoencoderConfig, width: int, height: int, item_bytes: int, *, decodes: bool, is_cuda: bool = True
+) -> tuple[int, int]:
+    """Peak of one picture in strips, see `autoencoder_strips`: with whole tensors on the device, and the part of that
+    which these take, and which can be in host memory; weights aside."""
+    pixels, copies = width * height, STRIP_COPIES + (2 if is_cuda else 0)
+    widths = config.decoder_widths if decodes else config.encoder_widths
+    smallest = pixels // 4 ** (len(widths) - 1) * widths[-1]
+    # The attention in the middle sees its input whole: as such, normed, as q, k, v, and a copy of one of these.
+    peak, largest = 6 * smallest, smallest
+    channels = widths[-1] if decodes else widths[0]
+    order = list(enumerate(widths))
+    for index, width_of_level in reversed(order) if decodes else order:
+        area = pixels // 4**index
+        kept = (channels + width_of_level) * area
+        if decodes and index < len(widths) - 1:  # what the level is enlarged from, beside its input
+            kept = max(kept, channels * area + channels * area // 4)
+        if not decodes and index:
+            kept = max(kept, channels * area + channels * area * 4)
+        strip = min(STRIP_ELEMENTS, max(channels, width_of_level) * area)
+        peak, largest = max(peak, kept + copies * strip), max(largest, kept)
+        channels = width_of_level
+    picture = 3 * pixels * (4 if decodes else 4 + item_bytes)
+    return peak * item_bytes + picture, largest * item_bytes
+
+
+def host_strip_bytes(
+    config: AutoencoderConfig, width: int, height: int, item_bytes: int, *, decodes: bool, is_cuda: bool = True
+) -> int:
+    """Peak on the device with whole tensors in host memory; as `strip_bytes`."""
+    copies = STRIP_COPIES + 1 + (2 if is_cuda else 0)
+    widths = config.decoder_widths if decodes else config.encoder_widths
+    smallest = width * height // 4 ** (len(widths) - 1) * widths[-1]
+    strip = min(STRIP_ELEMENTS, 2 * max(widths) * width * height)
+    return max(6 * smallest, copies * strip) * item_bytes + 3 * width * height * (4 + item_bytes)

@@ -206,7 +206,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     memory = parser.add_argument_group("memory")
     add_memory_options(memory)
-    memory.add_argument("--vae_tiling", action="store_true", help="encode and decode in tiles: less memory")
+    memory.add_argument("--vae_tiling", action="store_true", help="encode and decode pictures in strips: less memory")
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:

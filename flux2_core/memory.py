@@ -18,10 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal, get_args
 
 from .autoencoder import PIXELS_PER_LATENT
-from .autoencoder_memory import TILES, autoencoder_bytes, decoding_bytes, encoding_bytes
+from .autoencoder_memory import (
+    Tiling,
+    autoencoder_bytes,
+    decoding_bytes,
+    encoding_bytes,
+    host_strip_bytes,
+    strip_bytes,
+)
 from .linear import FORMATS, WeightFormat
 from .memory_estimates import (
     Computation,
@@ -45,8 +53,6 @@ PlanPrecision = Literal["auto", "bf16", "fp16", "fp32", "fp8", "nf4"]
 ITEM_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 MASTER_BYTES = 8
 """Of a trained parameter and its gradient, both fp32."""
-SMALLEST_TILE_BESIDE_DIT = 32
-"""In latent positions: before tiles get smaller than this, the DiT leaves the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +176,8 @@ class MemoryPlan:
     """Whether networks leave the device while another one works."""
     dit_stays: bool
     """Whether the DiT stays on the device while the autoencoder works."""
-    tile: int | None
-    """Side of the autoencoder's tiles, in latent positions; None: none."""
+    tiling: Tiling
+    """How pictures run through the autoencoder."""
     checkpointing: TrainingMode | None
     """For training."""
     text_encoding_bytes: int
@@ -221,8 +227,8 @@ def describe(plan: MemoryPlan) -> str:
         parts.append(f"all {dit.num_blocks} blocks resident")
     if text_encoder is not None and text_encoder.is_streamed:
         parts.append(f"text encoder streamed{' from disk' if text_encoder.from_disk else ''}")
-    if plan.tile is not None:
-        parts.append("pictures in tiles")
+    if plan.tiling != "whole":
+        parts.append("pictures in strips" + (" through host memory" if plan.tiling == "host" else ""))
     if plan.checkpointing not in (None, "none"):
         parts.append(f"checkpointing {plan.checkpointing}")
     return f"{', '.join(parts)}, about {in_words(plan.peak_bytes)}"
@@ -304,19 +310,27 @@ class _Stages:
         )
         return adapters + activations
 
-    def autoencoding(self, tile: int | None) -> int:
-        """Peak of the autoencoder's work, weights aside."""
+    def autoencoding(self, tiling: Tiling) -> tuple[int, int]:
+        """Peaks of the autoencoder's work, weights aside: on the device, and of host memory."""
         request = self.request
         if not request.uses_autoencoder:
-            return 0
+            return 0, 0
         config, item_bytes = request.variant.autoencoder, ITEM_BYTES[request.autoencoder_precision]
         is_cuda = request.device_type == "cuda"
-        work = [decoding_bytes(config, *request.size, item_bytes, is_cuda=is_cuda, tile=tile)]
-        work += [
-            encoding_bytes(config, width, height, item_bytes, is_cuda=is_cuda, tile=tile)
-            for width, height in request.needs.reference_sizes
-        ]
-        return max(work)
+        device: list[int] = []
+        host = [0]
+        for index, size in enumerate((request.size, *request.needs.reference_sizes)):
+            decodes = index == 0
+            if tiling == "whole":
+                count = decoding_bytes if decodes else encoding_bytes
+                device.append(count(config, *size, item_bytes, is_cuda=is_cuda))
+                continue
+            on_device, movable = strip_bytes(config, *size, item_bytes, decodes=decodes, is_cuda=is_cuda)
+            if tiling == "host":
+                on_device = host_strip_bytes(config, *size, item_bytes, decodes=decodes, is_cuda=is_cuda)
+                host.append(movable)
+            device.append(on_device)
+        return max(device), max(host)
 
     def plan(self, budget: int | None, host: int | None, *, only_resident: bool, from_disk: bool) -> MemoryPlan | None:
         """The fastest plan, None where it does not fit."""
@@ -333,7 +347,7 @@ class _Stages:
             room = None if budget is None else budget - self.activations
             dit = self._dit(room, host, only_resident=only_resident, from_disk=from_disk)
             left = None if host is None else host - dit.host_bytes
-            return self._in_turns(dit, self._text_encoder(budget, left), budget)
+            return self._in_turns(dit, self._text_encoder(budget, left), budget, left)
         except DoesNotFit:
             return None
 
@@ -341,43 +355,50 @@ class _Stages:
         """A plan without any network leaving the device."""
         weights = dit.device_bytes + self.autoencoder_weights
         weights += text_encoder.device_bytes if text_encoder is not None else 0
-        for tile in _tiles(self.request, SMALLEST_TILE_BESIDE_DIT):
+        tilings: tuple[Tiling, ...] = _tilings(self.request)[:2]
+        for tiling in tilings:
             plan = MemoryPlan(
                 dit=dit,
                 text_encoder=text_encoder,
                 takes_turns=False,
                 dit_stays=True,
-                tile=tile,
+                tiling=tiling,
                 checkpointing=self.checkpointing,
                 text_encoding_bytes=weights + self._text_activations(text_encoder) if text_encoder is not None else 0,
                 sampling_bytes=weights + self.activations,
-                decoding_bytes=weights + self.autoencoding(tile) if self.request.uses_autoencoder else 0,
+                decoding_bytes=weights + self.autoencoding(tiling)[0] if self.request.uses_autoencoder else 0,
             )
             if budget is None or plan.peak_bytes <= budget:
                 return plan
         return None
 
-    def _in_turns(self, dit: NetworkPlan, text_encoder: NetworkPlan | None, budget: int | None) -> MemoryPlan:
+    def _in_turns(
+        self, dit: NetworkPlan, text_encoder: NetworkPlan | None, budget: int | None, host: int | None
+    ) -> MemoryPlan:
         text_bytes = 0
         if text_encoder is not None:
             text_bytes = text_encoder.device_bytes + self._text_activations(text_encoder)
-        for dit_stays, smallest in ((True, SMALLEST_TILE_BESIDE_DIT), (False, min(TILES))):
-            # The ring is free while the autoencoder works.
-            beside = dit.device_bytes - dit.ring_size * max(self.weights.slots) if dit_stays else 0
-            for tile in _tiles(self.request, smallest):
-                decoding = self.autoencoder_weights + self.autoencoding(tile) + beside
-                if budget is None or not self.request.uses_autoencoder or decoding <= budget:
-                    return MemoryPlan(
-                        dit=dit,
-                        text_encoder=text_encoder,
-                        takes_turns=True,
-                        dit_stays=dit_stays,
-                        tile=tile if self.request.uses_autoencoder else None,
-                        checkpointing=self.checkpointing,
-                        text_encoding_bytes=text_bytes,
-                        sampling_bytes=dit.device_bytes + self.activations,
-                        decoding_bytes=decoding if self.request.uses_autoencoder else 0,
-                    )
+        # The ring is free while the autoencoder works.
+        beside = dit.device_bytes - dit.ring_size * max(self.weights.slots)
+        tilings: tuple[Tiling, ...] = _tilings(self.request)
+        for dit_stays, index in product((True, False), range(len(tilings))):
+            tiling = tilings[index]
+            on_device, in_host = self.autoencoding(tiling)
+            decoding = self.autoencoder_weights + on_device + (beside if dit_stays else 0)
+            if not self.request.uses_autoencoder:
+                decoding = 0
+            if (budget is None or decoding <= budget) and (host is None or in_host <= host):
+                return MemoryPlan(
+                    dit=dit,
+                    text_encoder=text_encoder,
+                    takes_turns=True,
+                    dit_stays=dit_stays,
+                    tiling=tiling,
+                    checkpointing=self.checkpointing,
+                    text_encoding_bytes=text_bytes,
+                    sampling_bytes=dit.device_bytes + self.activations,
+                    decoding_bytes=decoding,
+                )
         raise DoesNotFit
 
     def _dit(self, room: int | None, host: int | None, *, only_resident: bool, from_disk: bool) -> NetworkPlan:
@@ -436,12 +457,10 @@ def _text_encoder_precisions(request: MemoryRequest) -> tuple[WeightPrecision, .
     return (file.plain, "fp8", "nf4")
 
 
-def _tiles(request: MemoryRequest, smallest: int) -> list[int | None]:
-    sides = [side // PIXELS_PER_LATENT for size in (request.size, *request.needs.reference_sizes) for side in size]
-    tiles: list[int | None] = [tile for tile in TILES if smallest <= tile < max(sides)]
-    if request.needs.tile_autoencoder and tiles:
-        return tiles
-    return [None, *tiles]
+def _tilings(request: MemoryRequest) -> tuple[Tiling, ...]:
+    if request.device_type == "cpu":  # where host memory is the device's
+        return ("strips",) if request.needs.tile_autoencoder else ("whole", "strips")
+    return ("strips", "host") if request.needs.tile_autoencoder else ("whole", "strips", "host")
 
 
 def _fitting(weights: NetworkBytes, precision: WeightPrecision, room: int | None) -> list[NetworkPlan]:

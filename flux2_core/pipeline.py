@@ -55,7 +55,7 @@ class SamplingConfig:
     resize_references: bool = True
     """Scale large references down by the rule of the reference implementation; otherwise only crop them to 16."""
     tile_autoencoder: bool = False
-    """Encode and decode in overlapping tiles: less memory for large pictures."""
+    """Encode and decode in strips: the same picture in less memory."""
 
     def __post_init__(self) -> None:
         if self.num_steps is not None and not 1 <= self.num_steps <= MAX_STEPS:
@@ -175,10 +175,10 @@ class Flux2Pipeline:
         *,
         resize: bool = True,
         tiled: bool = False,
-        tile: int | None = None,
+        store: torch.device | None = None,
     ) -> list[Tensor]:
         """Latents ``[1, 128, h_i, w_i]`` of each reference."""
-        return encode_references(self.autoencoder, references, resize=resize, tiled=tiled, tile=tile)
+        return encode_references(self.autoencoder, references, resize=resize, tiled=tiled, store=store)
 
     def sample(
         self,
@@ -202,9 +202,9 @@ class Flux2Pipeline:
             should_stop=should_stop,
         )
 
-    def decode(self, latents: Tensor, *, tiled: bool = False, tile: int | None = None) -> list[Image.Image]:
+    def decode(self, latents: Tensor, *, tiled: bool = False, store: torch.device | None = None) -> list[Image.Image]:
         """RGB pictures of latents ``[B, 128, h, w]``."""
-        return decode_latents(self.autoencoder, latents, tiled=tiled, tile=tile)
+        return decode_latents(self.autoencoder, latents, tiled=tiled, store=store)
 
 
 def encode_prompt(text_encoder: TextEncoder, prompt: str) -> Tensor:
@@ -227,7 +227,7 @@ def encode_references(
     *,
     resize: bool = True,
     tiled: bool = False,
-    tile: int | None = None,
+    store: torch.device | None = None,
 ) -> list[Tensor]:
     """Pictures of any size and mode to latents ``[1, 128, h_i, w_i]``.
 
@@ -235,14 +235,14 @@ def encode_references(
         autoencoder: its config says to which area references are scaled down.
         references: at most ten.
         resize: False keeps their size but for the crop to multiples of 16.
-        tiled: encode in tiles.
-        tile: their side, in latent positions; None: `autoencoder.TILE_LATENTS`.
+        tiled: encode in strips, which takes less memory.
+        store: where they are kept between layers; None: where the weights are.
     """
     check_num_references(len(references))
     single, several = autoencoder.config.reference_sides
     max_pixels = (single if len(references) == 1 else several) ** 2 if resize else None
     fitted = [image_to_tensor(fit_reference(image, max_pixels)) for image in references]
-    return [autoencoder.encode_tiled(image, tile) if tiled else autoencoder.encode(image) for image in fitted]
+    return [autoencoder.encode_tiled(image, store=store) if tiled else autoencoder.encode(image) for image in fitted]
 
 
 def check_num_references(num_references: int) -> None:
@@ -253,17 +253,20 @@ def check_num_references(num_references: int) -> None:
 
 @torch.inference_mode()
 def decode_latents(
-    autoencoder: Flux2Autoencoder, latents: Tensor, *, tiled: bool = False, tile: int | None = None
+    autoencoder: Flux2Autoencoder, latents: Tensor, *, tiled: bool = False, store: torch.device | None = None
 ) -> list[Image.Image]:
     """Latents ``[B, 128, h, w]`` to RGB pictures, one at a time: memory does not grow with the batch.
 
     Args:
-        tiled: decode in tiles.
-        tile: their side, in latent positions; None: `autoencoder.TILE_LATENTS`.
+        tiled: decode in strips, which takes less memory.
+        store: where they are kept between layers; None: where the weights are.
     """
     check_latents(latents, autoencoder.config.packed_channels, "the input of the decoder")
-    pictures = (autoencoder.decode_tiled(row, tile) if tiled else autoencoder.decode(row) for row in latents.split(1))
-    return [image for picture in pictures for image in tensor_to_images(picture)]
+    images: list[Image.Image] = []
+    for row in latents.split(1):
+        picture = autoencoder.decode_tiled(row, store=store) if tiled else autoencoder.decode(row)
+        images += tensor_to_images(picture)
+    return images
 
 
 def sample_latents(

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from .autoencoder import Flux2Autoencoder
-from .autoencoder_memory import TILES
+from .autoencoder_memory import Tiling
 from .checkpoint import DiTReader, is_quantised_layer, load_autoencoder, load_dit
 from .command_errors import is_out_of_memory
 from .device_memory import GIB, available_host_bytes, device_budget
@@ -244,7 +244,8 @@ class PlacedPipeline(Flux2Pipeline):
         self.lowers = device.type != "cpu"
         """Whether running out of memory is answered by leaving less on the device: without one that frees nothing."""
         self._tokenizer, self._loras = tokenizer, tuple(loras)
-        self._takes_turns, self._dit_stays, self._tile = plan.takes_turns, plan.dit_stays, plan.tile
+        self._takes_turns, self._dit_stays = plan.takes_turns, plan.dit_stays
+        self._tiling: Tiling = plan.tiling
         self._networks: dict[Component, Any] = {}
         self._away: set[Component] = set()
         self._dit: PlacedDiT | None = None
@@ -284,16 +285,15 @@ class PlacedPipeline(Flux2Pipeline):
         *,
         resize: bool = True,
         tiled: bool = False,
-        tile: int | None = None,
+        store: torch.device | None = None,
     ) -> list[Tensor]:
         if not references:
             return []
 
         def work() -> list[Tensor]:
             self._use("autoencoder")
-            side = tile or self._tile
-            is_tiled = tiled or side is not None
-            return Flux2Pipeline.encode_references(self, references, resize=resize, tiled=is_tiled, tile=side)
+            is_tiled, where = self._strips(tiled, store)
+            return Flux2Pipeline.encode_references(self, references, resize=resize, tiled=is_tiled, store=where)
 
         return self._retry(work, self._lower_autoencoder())
 
@@ -321,13 +321,18 @@ class PlacedPipeline(Flux2Pipeline):
 
         return self._retry(work, self._lower_dit())
 
-    def decode(self, latents: Tensor, *, tiled: bool = False, tile: int | None = None) -> list[Image.Image]:
+    def decode(self, latents: Tensor, *, tiled: bool = False, store: torch.device | None = None) -> list[Image.Image]:
         def work() -> list[Image.Image]:
             self._use("autoencoder")
-            side = tile or self._tile
-            return Flux2Pipeline.decode(self, latents, tiled=tiled or side is not None, tile=side)
+            is_tiled, where = self._strips(tiled, store)
+            return Flux2Pipeline.decode(self, latents, tiled=is_tiled, store=where)
 
         return self._retry(work, self._lower_autoencoder())
+
+    def _strips(self, tiled: bool, store: torch.device | None) -> tuple[bool, torch.device | None]:
+        """Whether pictures run in strips, and where these are kept."""
+        store = torch.device("cpu") if store is None and self._tiling == "host" else store
+        return tiled or store is not None or self._tiling != "whole", store
 
     def _network(self, name: Component) -> Any:
         if name not in self._networks:
@@ -443,15 +448,14 @@ class PlacedPipeline(Flux2Pipeline):
         yield True
 
     def _lower_autoencoder(self) -> Iterator[bool]:
-        for tile in (48, 24):
-            if self._tile is None or self._tile > tile:
-                self._tile = tile
-                logger.warning(
-                    "the device ran out of memory: from now on pictures are encoded and decoded in tiles of %d px",
-                    16 * tile,
-                )
-                yield True
-        if self._dit_stays:
-            self._takes_turns, self._dit_stays, self._tile = True, False, min(TILES)
-            logger.warning("the device ran out of memory: from now on the DiT leaves it for the autoencoder")
+        if self._tiling == "whole":
+            self._tiling = "strips"
+            logger.warning("the device ran out of memory: from now on pictures are encoded and decoded in strips")
+            yield True
+        if self._tiling == "strips" or self._dit_stays:
+            self._tiling, self._takes_turns, self._dit_stays = "host", True, False
+            logger.warning(
+                "the device ran out of memory: from now on the autoencoder has it for itself, and keeps strips in host "
+                "memory"
+            )
             yield True
