@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..flux2_core.dit import Flux2DiT
+from ..flux2_core.linear import Linear
 from ..flux2_core.lora import linear_layers, matching_layers
 from ..flux2_core.lora_factors import Factors, LokrFactors, Lora, LoraFactors, LoraReport, group_layers
 from ..flux2_core.lora_files import linear_shapes
@@ -89,6 +90,8 @@ class TrainedAdapter(nn.Module):
 
     def __init__(self, weight: Tensor, tensors: Mapping[str, Tensor], scale: float, config: AdapterConfig) -> None:
         super().__init__()
+        self.needs_weight = config.dora
+        """Whether a quantised weight has to be multiplied out for this adapter."""
         self.scale = scale
         self.dropout = config.dropout
         self.factor_names = tuple(tensors)
@@ -262,7 +265,7 @@ class TrainableAdapters(nn.Module):
         make = TrainedLora if config.kind == "lora" else TrainedLokr
         with torch.inference_mode(False):  # made under inference mode, parameters would be barred from training
             self.layers = nn.ModuleDict(
-                {_key(name): make(linear.weight, config, generator) for name, linear in self.linears.items()}
+                {_key(name): make(_base_weight(linear), config, generator) for name, linear in self.linears.items()}
             )
 
     def adapter(self, layer: str) -> TrainedAdapter:
@@ -376,6 +379,11 @@ def config_from_lora(lora: Lora) -> AdapterConfig:
         kind="lokr" if lokrs else "lora", rank=rank, alpha=None if alpha == rank else alpha, dora=dora, include=include
     )
     return replace(config, lokr_factor=_find_lokr_factor(lora, lokrs, config)) if lokrs else config
+
+
+def _base_weight(linear: Linear) -> Tensor:
+    """The plain weight itself; a quantised one multiplied out, in fp32 for the sake of DoRA's norms."""
+    return linear.dense_weight(None if linear.weight_format is None else torch.float32)
 
 
 def target_layers(names: Iterable[str], config: AdapterConfig) -> list[str]:

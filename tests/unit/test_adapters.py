@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from flux2_kit.flux2_core.dit import DiTConfig, Flux2DiT
 from flux2_kit.flux2_core.latents import image_ids, text_ids
 from flux2_kit.flux2_core.linear import Linear
-from flux2_kit.flux2_core.lora import LoraSetting, apply_loras
+from flux2_kit.flux2_core.lora import LoraSetting, apply_loras, linear_layers
 from flux2_kit.flux2_core.lora_factors import DiffFactors, Lora, LoraFactors, LoraReport
 from flux2_kit.flux2_core.lora_files import linear_shapes, read_lora
 from flux2_kit.flux2_core.lora_writer import write_lora
@@ -258,6 +258,34 @@ def test_norms_of_dora_are_those_of_the_dense_weight(name, dtype, chunk_bytes, m
         got = adapter.adapted_norm(layer.weight)
     assert got.dtype == torch.float32 and not got.requires_grad
     assert relative_l2(got, expected) < 1e-6
+
+
+@pytest.mark.parametrize("weight_format", ["fp8", "nf4"])
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "LoKr", "LoKr, DoRA"])
+def test_adapters_on_a_quantised_base_are_those_on_its_dense_weights(name, weight_format):
+    outputs, gradients, calls = [], [], []
+    for is_quantised in (True, False):
+        dit = build_dit().requires_grad_(False)
+        for layer in (linear for name, linear in linear_layers(dit).items() if name in BLOCK_LAYERS):
+            layer.quantise(weight_format)
+            if not is_quantised:
+                layer.weight = torch.nn.Parameter(layer.dense_weight(torch.float32), requires_grad=False)
+                layer.weight_format, layer.weight_scale = None, None
+        adapters = TrainableAdapters(dit, KINDS[name], generator=seeded())
+        make_trained(adapters)
+        adapters.attach()
+        made = []
+        layer = adapters.linears["single_blocks.0.linear1"]
+        layer.dense_weight = lambda dtype=None, layer=layer, made=made: (
+            made.append(1) or Linear.dense_weight(layer, dtype)
+        )
+        outputs.append(run(dit))
+        outputs[-1].square().sum().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in adapters.parameters()]))
+        calls.append(len(made))
+    assert relative_l2(*outputs) <= 1e-5
+    assert relative_l2(*gradients) <= 1e-4
+    assert (calls[0] > 0) == ("DoRA" in name)  # multiplied out for the adapter only where it looks at the weight
 
 
 def test_dropout_is_on_the_input_of_the_adapter_and_only_in_training():
