@@ -1,4 +1,4 @@
-"""What people read of the nodes outside of the code: the English texts of ``locales/``, the tables of ``web/docs/``.
+"""What people read of the nodes outside of the code: the English texts of ``locales/``, the lists of ``web/docs/``.
 
 `python tests/nodes/node_texts.py` rewrites both from the classes; a test keeps the files equal to what it would write.
 """
@@ -18,7 +18,7 @@ LOCALES = ROOT / "locales"
 SPECIAL = re.compile(r"[{}@|]")
 """Signs with a meaning in the front end's messages; they are written as ``{'@'}``."""
 ESCAPED = re.compile(r"\{'([{}@|])'\}")
-TABLES = re.compile(r"^## Inputs\n.*?^## Outputs\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+SECTIONS = re.compile(r"^## Inputs\n.*?^## Outputs\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
 
 def node_defs() -> dict[str, Any]:
@@ -56,18 +56,18 @@ def unescape(text: str) -> str:
     return ESCAPED.sub(r"\1", text)
 
 
-def tables(node_id: str) -> str:
-    """Inputs and outputs of a node as the help page shows them."""
+def sections(node_id: str) -> str:
+    """Inputs and outputs of a node as the help page shows them: as lists, for the panel is narrow."""
     node_class: Any = NODE_CLASS_MAPPINGS[node_id]
     optional = node_class.INPUT_TYPES().get("optional", {})
-    lines = ["## Inputs", "", "| input | type | default | |", "|---|---|---|---|"]
+    lines = ["## Inputs", ""]
     for name, (kind, options) in inputs_of(node_class).items():
         shown = "choice" if isinstance(kind, list) else kind
-        text = default_text(kind, options, is_optional=name in optional)
-        lines.append(f"| {name} | {shown} | {text} | {cell(options['tooltip'])} |")
-    lines += ["", "## Outputs", "", "| output | type | |", "|---|---|---|"]
+        default = default_text(kind, options, is_optional=name in optional)
+        lines.append(f"- **{name}** ({', '.join(filter(None, (shown, default)))}): {options['tooltip']}")
+    lines += ["", "## Outputs", ""]
     outputs = zip(node_class.RETURN_NAMES, node_class.RETURN_TYPES, node_class.OUTPUT_TOOLTIPS, strict=True)
-    lines += [f"| {name} | {kind} | {cell(tooltip)} |" for name, kind, tooltip in outputs]
+    lines += [f"- **{name}** ({kind}): {tooltip}" for name, kind, tooltip in outputs]
     return "\n".join([*lines, "", ""])
 
 
@@ -80,17 +80,15 @@ def default_text(kind: Any, options: dict[str, Any], *, is_optional: bool) -> st
     return str(default) or "empty"
 
 
-def cell(text: str) -> str:
-    return text.replace("|", r"\|")
-
-
 def written() -> dict[Path, str]:
-    """Every file with its text; of the help pages all but the tables stays."""
+    """Every file with its text; of the help pages all but the lists stays."""
     files = {LOCALES / "en" / "nodeDefs.json": json.dumps(node_defs(), indent=2, ensure_ascii=False) + "\n"}
     for node_id in NODE_CLASS_MAPPINGS:
         page = (PAGES / f"{node_id}.md").read_text(encoding="utf-8")
-        assert TABLES.search(page), f"{node_id}.md has no sections Inputs and Outputs"
-        files[PAGES / f"{node_id}.md"] = TABLES.sub(lambda _, node_id=node_id: tables(node_id), page).rstrip() + "\n"
+        assert SECTIONS.search(page), f"{node_id}.md has no sections Inputs and Outputs"
+        files[PAGES / f"{node_id}.md"] = (
+            SECTIONS.sub(lambda _, node_id=node_id: sections(node_id), page).rstrip() + "\n"
+        )
     return files
 
 

@@ -6,6 +6,7 @@ Workflows of the tiny model are run for them; of the others the graph is drawn.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ HELP = ROOT / "web" / "docs" / "pictures"
 SIDE = 512
 """Of a template's picture, in pixels; the browser of templates shows squares."""
 MARGIN = 12
-DARK, GREY, LIGHT, BLUE = "#1b1e24", "#343a46", "#dfe4ee", "#5b9bd5"
+DARK, LIGHT, BLUE = "#1b1e24", "#dfe4ee", "#5b9bd5"
 COLORS = {"FLUX2_DIT": "#b39ddb", "FLUX2_AE": "#ff6e6e", "FLUX2_TEXT_ENCODER": "#ffd500", "CONDITIONING": "#ffa931"}
 COLORS |= {"LATENT": "#ff9cf9", "IMAGE": "#64b5f6", "INT": "#29b6a8", "STRING": "#77cc77"}
 
@@ -177,18 +178,18 @@ def graph(variant: str, subtitle: str) -> Image.Image:
 
 
 def aspect_ratios() -> Image.Image:
-    """The shapes at one megapixel, to one scale."""
+    """The shapes at one megapixel, to one scale; they must be readable in a narrow panel."""
     names = [name for name, (wide, high) in ASPECTS.items() if wide >= high]
-    scale, font = 0.07, ImageFont.load_default(13)
-    sizes = [picture_size(name, 1.0) for name in names]
-    height = round(max(size[1] for size in sizes) * scale) + 44
-    canvas = blank(round(sum(size[0] for size in sizes) * scale) + 16 * (len(sizes) + 1), height)
-    draw, x = ImageDraw.Draw(canvas), 16.0
-    for name, (wide, high) in zip(names, sizes, strict=True):
-        draw.rectangle((x, height - 40 - high * scale, x + wide * scale, height - 40), fill=BLUE)
-        draw.text((x + wide * scale / 2, height - 30), name, fill=LIGHT, font=font, anchor="mm")
-        draw.text((x + wide * scale / 2, height - 13), f"{wide}x{high}", fill=LIGHT, font=font, anchor="mm")
-        x += wide * scale + 16
+    columns, width, height, scale = 3, 132, 132, 0.07
+    canvas = blank(columns * width, math.ceil(len(names) / columns) * height)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(17)
+    for index, name in enumerate(names):
+        wide, high = picture_size(name, 1.0)
+        middle, bottom = (index % columns + 0.5) * width, (index // columns + 1) * height
+        box = (middle - wide * scale / 2, bottom - 50 - high * scale, middle + wide * scale / 2, bottom - 50)
+        draw.rectangle(box, fill=BLUE)
+        draw.text((middle, bottom - 36), name, fill=LIGHT, font=font, anchor="mm")
+        draw.text((middle, bottom - 15), f"{wide}x{high}", fill=LIGHT, font=font, anchor="mm")
     return canvas
 
 

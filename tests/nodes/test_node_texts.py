@@ -34,7 +34,7 @@ def flatten(content: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]
             yield f"{path}{key}", value
 
 
-def test_english_texts_and_tables_are_those_of_the_code():
+def test_english_texts_and_lists_are_those_of_the_code():
     from node_texts import written
 
     for path, text in written().items():
