@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .bridges import Sigmas, ToCLIP, ToModel, ToVAE
 from .conditioning import EncodePrompt, EncodeReference
 from .datasets import CacheDataset
 from .files import ConvertLoRA, InspectFile
@@ -28,6 +29,10 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "Flux2KitPromptJSON": PromptJSON,
     "Flux2KitInspectFile": InspectFile,
     "Flux2KitConvertLoRA": ConvertLoRA,
+    "Flux2KitToModel": ToModel,
+    "Flux2KitToVAE": ToVAE,
+    "Flux2KitToCLIP": ToCLIP,
+    "Flux2KitSigmas": Sigmas,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
@@ -46,4 +51,8 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "Flux2KitPromptJSON": "FLUX.2 Prompt (JSON)",
     "Flux2KitInspectFile": "FLUX.2 Inspect File",
     "Flux2KitConvertLoRA": "FLUX.2 Convert LoRA",
+    "Flux2KitToModel": "FLUX.2 to MODEL",
+    "Flux2KitToVAE": "FLUX.2 to VAE",
+    "Flux2KitToCLIP": "FLUX.2 to CLIP",
+    "Flux2KitSigmas": "FLUX.2 Sigmas",
 }

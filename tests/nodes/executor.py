@@ -1,7 +1,6 @@
 """Runs API workflows without ComfyUI: checks a prompt as its server does, then executes the nodes in order.
 
-The rules are those of ComfyUI's documented node contract. Native nodes that workflows end or begin with are small
-stand-ins.
+The rules are those of ComfyUI's documented node contract. Native nodes are stand-ins.
 """
 
 from __future__ import annotations
@@ -12,55 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from native_nodes import NATIVE_NODES
 
 API = dict[str, dict[str, Any]]
 CONVERSIONS = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
-
-
-class LoadImage:
-    """Gives what a test put into `pictures`."""
-
-    pictures: Mapping[str, torch.Tensor] = {}
-    FUNCTION = "load"
-    RETURN_TYPES = ("IMAGE", "MASK")
-    RETURN_NAMES = ("IMAGE", "MASK")
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
-        return {"required": {"image": (sorted(cls.pictures), {"image_upload": True})}}
-
-    def load(self, image: str) -> tuple[torch.Tensor, torch.Tensor]:
-        picture = self.pictures[image]
-        return picture, torch.zeros(picture.shape[:3])
-
-
-class PreviewImage:
-    """Shows pictures; as UI output they stay readable for a test."""
-
-    FUNCTION = "show"
-    RETURN_TYPES = ()
-    RETURN_NAMES = ()
-    OUTPUT_NODE = True
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
-        return {"required": {"images": ("IMAGE", {})}, "hidden": {"prompt": "PROMPT"}}
-
-    def show(self, images: torch.Tensor, prompt: object = None) -> dict[str, Any]:
-        return {"ui": {"images": images}}
-
-
-class SaveImage(PreviewImage):
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
-        prefix = ("STRING", {"default": "ComfyUI"})
-        return {"required": {"images": ("IMAGE", {}), "filename_prefix": prefix}, "hidden": {"prompt": "PROMPT"}}
-
-    def show(self, images: torch.Tensor, filename_prefix: str = "", prompt: object = None) -> dict[str, Any]:
-        return {"ui": {"images": images}}
-
-
-NATIVE_NODES: dict[str, type] = {"LoadImage": LoadImage, "PreviewImage": PreviewImage, "SaveImage": SaveImage}
 
 
 class Executor:

@@ -64,7 +64,9 @@ def main() -> None:
         ("dev", "structured prompt, 50 steps"),
     ):
         assert variant in VARIANTS
-        save(TEMPLATES / f"text_to_image_{variant}.jpg", graph(variant, subtitle))
+        name = f"text_to_image_{variant}"
+        save(TEMPLATES / f"{name}.jpg", graph(name, f"FLUX.2 {variant}", subtitle))
+    save(TEMPLATES / "native_sampler_tiny.jpg", graph("native_sampler_tiny", "Native nodes", "KSampler on our models"))
     save(HELP / "aspect_ratios.png", aspect_ratios())
 
 
@@ -143,13 +145,13 @@ def training(before: list[Image.Image], after: list[Image.Image], curves: Image.
     return canvas
 
 
-def graph(variant: str, subtitle: str) -> Image.Image:
+def graph(name: str, title: str, subtitle: str) -> Image.Image:
     """A title above the nodes of the workflow, where they stand on the page."""
     canvas = blank()
     draw = ImageDraw.Draw(canvas)
-    draw.text((SIDE / 2, 84), f"FLUX.2 {variant}", fill=LIGHT, font=ImageFont.load_default(46), anchor="mm")
+    draw.text((SIDE / 2, 84), title, fill=LIGHT, font=ImageFont.load_default(46), anchor="mm")
     draw.text((SIDE / 2, 132), subtitle, fill=BLUE, font=ImageFont.load_default(24), anchor="mm")
-    page = json.loads((TEMPLATES / f"text_to_image_{variant}.json").read_text(encoding="utf-8"))
+    page = json.loads((TEMPLATES / f"{name}.json").read_text(encoding="utf-8"))
     boxes = [group["bounding"] for group in page["groups"]]
     width = max(x + w for x, _, w, _ in boxes) - boxes[0][0]
     height = max(h for *_, h in boxes)

@@ -28,6 +28,10 @@ NODE_IDS = [
     "Flux2KitPromptJSON",
     "Flux2KitInspectFile",
     "Flux2KitConvertLoRA",
+    "Flux2KitToModel",
+    "Flux2KitToVAE",
+    "Flux2KitToCLIP",
+    "Flux2KitSigmas",
 ]
 """They stand in people's workflows: names may be added here, never changed."""
 SAMPLING_INPUTS = [
@@ -87,6 +91,10 @@ INPUTS_AND_OUTPUTS = {
         ["lora_name", "dialect", "precision", "output_name", "allow_unmatched", "lora"],
         ["FLUX2_LORA", "STRING"],
     ),
+    "Flux2KitToModel": (["dit", "width", "height", "num_steps", "flow_shift"], ["MODEL"]),
+    "Flux2KitToVAE": (["ae"], ["VAE"]),
+    "Flux2KitToCLIP": (["text_encoder"], ["CLIP"]),
+    "Flux2KitSigmas": (["dit", "width", "height", "num_steps", "flow_shift"], ["SIGMAS"]),
 }
 """Widget values are saved by position: inputs may be added at the end, never moved."""
 

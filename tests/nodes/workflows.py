@@ -222,6 +222,44 @@ def lora_stack_tiny() -> Workflow:
     return flow
 
 
+def native_sampler_tiny() -> Workflow:
+    flow = Workflow()
+    flow.note_title = "What this shows"
+    flow.note = (
+        "Three bridges give the networks of this pack to native nodes, here to both native ways to sample. With euler "
+        "and the noise schedule of FLUX.2 both make the picture of FLUX.2 Sample for the same seed.\n\n"
+        "KSampler takes its schedule from the MODEL: scheduler *simple*, and the number of steps of FLUX.2 to MODEL."
+    )
+    flow.column("1. Models")
+    dit, text_encoder, ae = add_loaders(flow, BUNDLED, BUNDLED, BUNDLED)
+    flow.column("2. Bridges to native nodes")
+    model = flow.add("Flux2KitToModel", dit=dit)
+    clip = flow.add("Flux2KitToCLIP", text_encoder=text_encoder)
+    vae = flow.add("Flux2KitToVAE", ae=ae)
+    flow.column("3. Prompts and size")
+    prompt = "a large green triangle at the right on a white background"
+    positive = flow.add("CLIPTextEncode", "Prompt", clip=clip, text=prompt)
+    negative = flow.add("CLIPTextEncode", "Negative prompt", clip=clip)
+    latent = flow.add("Flux2KitEmptyLatent", "Size", aspect_ratio="custom", width=64, height=64)
+    prompts: dict[str, Any] = {"model": model, "positive": positive, "negative": negative, "cfg": 4.0}
+    flow.column("4. KSampler")
+    sampled = flow.add("KSampler", latent_image=latent, seed=3, steps=20, **prompts)
+    image = flow.add("VAEDecode", samples=sampled, vae=vae)
+    flow.add("SaveImage", "KSampler", images=image, filename_prefix="flux2_kit/tiny_ksampler")
+    flow.column("5. What SamplerCustomAdvanced takes")
+    parts: dict[str, Any] = {
+        "sigmas": flow.add("Flux2KitSigmas", dit=dit),
+        "noise": flow.add("RandomNoise", noise_seed=3),
+        "guider": flow.add("CFGGuider", **prompts),
+        "sampler": flow.add("KSamplerSelect"),
+    }
+    flow.column("6. SamplerCustomAdvanced")
+    sampled = flow.add("SamplerCustomAdvanced", latent_image=latent, **parts)
+    image = flow.add("VAEDecode", samples=sampled, vae=vae)
+    flow.add("SaveImage", "SamplerCustomAdvanced", images=image, filename_prefix="flux2_kit/tiny_custom_sampler")
+    return flow
+
+
 def text_to_image_klein_4b() -> Workflow:
     flow = Workflow()
     flow.column("1. Models")
@@ -300,6 +338,7 @@ WORKFLOWS = {
     "multi_reference_edit_tiny": multi_reference_edit_tiny,
     "lora_stack_tiny": lora_stack_tiny,
     "train_lora_tiny": train_lora_tiny,
+    "native_sampler_tiny": native_sampler_tiny,
     "text_to_image_klein-4b": text_to_image_klein_4b,
     "text_to_image_klein-base-9b": text_to_image_klein_base_9b,
     "text_to_image_dev": text_to_image_dev,
