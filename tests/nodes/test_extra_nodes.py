@@ -313,3 +313,18 @@ def test_a_changed_lora_is_converted_anew(nodes, folder):
     os.utime(folder / "sub" / "style.safetensors", ns=(1, 1))
     assert changed(**convert_widgets()) != before
     assert "is not in ComfyUI's loras folder" in changed(lora_name="gone.safetensors")
+
+
+def test_nodes_that_read_files_notice_changes_and_refuse_unknown_names(nodes):
+    """An unknown name is refused before the queue, and told on the node where it comes over a link."""
+    readers = []
+    for node_id, node_class in nodes.items():
+        schema = node_class.INPUT_TYPES()
+        for name, (kind, _) in {**schema["required"], **schema.get("optional", {})}.items():
+            if isinstance(kind, list) and (name.endswith("_name") or TINY in kind):
+                readers.append(node_id)
+                assert "is not in ComfyUI's" in node_class.VALIDATE_INPUTS(**{name: "../secret.safetensors"}), node_id
+                assert node_class.VALIDATE_INPUTS(**{name: None}) is True, node_id
+                changed = node_class.IS_CHANGED(**{name: kind[0]})
+                assert isinstance(changed, str) and changed == node_class.IS_CHANGED(**{name: kind[0]}), node_id
+    assert len(set(readers)) >= 8
