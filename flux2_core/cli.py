@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
             self.epilog = self.lazy_epilog()
         return super().format_help()
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         self._add_lazy_options()
         return super().parse_known_args(args, namespace)
 

@@ -52,4 +52,5 @@ def join_processes(device: torch.device) -> Processes:
     from accelerate import PartialState
 
     state = PartialState(cpu=device.type == "cpu")
+    assert state.device is not None
     return Processes(index=state.process_index, count=state.num_processes, device=state.device, state=state)
