@@ -150,6 +150,9 @@ def test_each_model_has_its_own_loras_and_leaves_none(tmp_path):
             assert torch.equal(network(*inputs), wanted)
     assert not any(layer.adapters for layer in linear_layers(plain.dit).values())
     assert not torch.equal(expected[1], expected[2]) and not torch.equal(expected[0], expected[1])
+    made = networks[1]._adapters
+    networks[1](*inputs)
+    assert networks[1]._adapters is made, "not made anew in every step"
     networks[1].forget_loras()
     assert torch.equal(networks[1](*inputs), expected[1])
 
@@ -236,6 +239,13 @@ def test_patches_of_the_inside_are_refused(name):
     refuse_patches({"wrappers": {}, "patches": {}, "sigmas": torch.ones(1)})
     with pytest.raises(ValueError, match=rf"sets {name} \(attn1\)"):
         refuse_patches({name: {"attn1": [print]}})
+    with pytest.raises(ValueError, match=f"sets {name}"):
+        BridgedDiT(loaded_dit())(
+            random_like(1, 128, 4, 4),
+            torch.tensor([0.5]),
+            random_like(1, 24, 192),
+            transformer_options={name: {"attn1": [print]}},
+        )
 
 
 # The MODEL
