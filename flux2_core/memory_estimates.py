@@ -7,7 +7,8 @@ until it returns. Tests compare them with what is allocated on the CPU.
 A single block (u: all tokens). Its input (1 u) is held by the caller. ``linear1`` runs beside its own input (1 u) and
 gives 9 u, of which q, k, v and the MLP are views, so they stay to the end. Normed q and k add 2 u. A rotation takes 6 u
 in 16 bits, being done in fp32, and 2 u in fp32, at its peak beside one rotated tensor: 19 u and 15 u in all. After the
-attention (1 u) the MLP's activation (3 u) is joined to it (4 u): 1 + 9 + 2 + 1 + 3 + 4 = **20 u**, the peak.
+attention (1 u) the MLP's activation (3 u) is joined to it (4 u): 1 + 9 + 2 + 1 + 3 + 4 = 20 u, the peak; with what the
+double blocks gave, which the network holds on to, **21 u**.
 
 A double block (n, l: image and text tokens; u = n + l). Inputs u, both qkv 3 u, normed q and k 2 u, joined and rotated
 q, k, v 3 u, attention 1 u: all of these 10 u have names until the block ends. The image's MLP runs beside the image as
@@ -19,8 +20,8 @@ Linears with an adapter hold three tensors of their output's size at once: 2 + 2
 In training, a single block keeps for its backward pass its input, the input of ``linear1``, its output (9 u), rotated q
 and k, the attention, SiLU (3 u) and the input of ``linear2`` (4 u): **21 u**. A double block keeps **24 u**, the
 same with both norms and the joined values. RMSNorm keeps nothing more where it is one kernel (CUDA); elsewhere, in 16
-bits, it keeps fp32 copies. The backward pass of one block peaks at **32 u**, where the gradients of the MLP and of q,
-k, v (9 u) are put together from their parts.
+bits, it keeps fp32 copies. The backward pass of a single block takes **11 u** beside that, where the gradients of the
+MLP and of q, k, v (9 u) are put together from their parts; that of a double block **6 u**.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ from .variants import TextEncoderConfig
 Shape = tuple[int, ...]
 TrainingMode = Literal["none", "blocks", "offload"]
 
-SINGLE_PEAK, DOUBLE_PEAK, DOUBLE_IMAGE_PEAK = 20, 10, 14
-SINGLE_SAVED, DOUBLE_SAVED, BACKWARD_PEAK = 21, 24, 32
+DOUBLE_HELD = 10
+SINGLE_SAVED, DOUBLE_SAVED = 21, 24
+SINGLE_BACKWARD, DOUBLE_BACKWARD = 11, 6
 UNFUSED_NORM_SAVED = 4
 """Added to what is kept where RMSNorm is several kernels and runs in 16 bits."""
 OFFLOADED_INPUTS = 6
@@ -167,7 +169,8 @@ def text_encoding_bytes(config: TextEncoderConfig, weights: NetworkBytes, item_b
         dense: whether quantised weights are multiplied out for the product.
     """
     shape = TEXT_ENCODER_SHAPES[(config.family, config.hidden_size)]
-    per_token = config.hidden_size * (config.num_layers + 1 + 3) + 3 * shape.intermediate_size + 3 * config.hidden_size
+    hidden = config.hidden_size
+    per_token = (config.num_layers + 1) * hidden + max(3 * hidden, 3 * shape.intermediate_size + 2 * hidden)
     return config.max_tokens * per_token * item_bytes + (weights.largest_dense if dense else 0)
 
 
@@ -215,15 +218,16 @@ def forward_bytes(config: DiTConfig, tokens: TokenCounts, how: Computation) -> i
 
     rope = 6 if how.item_bytes < 4 else 2
     wide = 3 + 2 * ratio
+    held = u if config.num_double_blocks else 0
     single = [
-        _linear_peak(how, 2 * u, u, wide * u, dense, wide),
-        (1 + wide + 2 + 1) * u + rope * u,
-        (1 + wide + 2 + 1 + ratio + 1 + ratio) * u,
-        _linear_peak(how, (1 + wide + 2 + 1 + 1 + ratio) * u, (1 + ratio) * u, u, dense, 1 + ratio),
+        _linear_peak(how, held + 2 * u, u, wide * u, dense, wide),
+        held + (1 + wide + 2 + 1) * u + rope * u,
+        held + (1 + wide + 2 + 1 + ratio + 1 + ratio) * u,
+        _linear_peak(how, held + (1 + wide + 2 + 1 + 1 + ratio) * u, (1 + ratio) * u, u, dense, 1 + ratio),
     ]
     double = [8 * u + rope * u]
     for mine, before in ((image, 0), (text, image)):
-        base = DOUBLE_PEAK * u + before
+        base = DOUBLE_HELD * u + before
         double += [
             base + (2 + 4 * ratio) * mine,
             _linear_peak(how, base + 2 * mine, mine, 2 * ratio * mine, dense, 2 * ratio),
@@ -234,9 +238,9 @@ def forward_bytes(config: DiTConfig, tokens: TokenCounts, how: Computation) -> i
 
 
 def _input_bytes(config: DiTConfig, tokens: TokenCounts, item_bytes: int) -> int:
-    """Text embeddings, tokens, fp32 latents and positions."""
+    """Text embeddings, tokens and positions."""
     text = tokens.num_text_tokens * config.context_dim * item_bytes
-    image = tokens.num_tokens * config.in_channels * (2 * item_bytes + 2 * 4)
+    image = tokens.num_tokens * config.in_channels * item_bytes
     rope = (tokens.num_tokens + tokens.num_text_tokens) * config.hidden_size // config.num_heads * 4
     return tokens.num_rows * (text + image) + rope
 
@@ -273,14 +277,16 @@ def training_bytes(
     u = (tokens.num_tokens + tokens.num_text_tokens) * vector
     double, single = saved_bytes(config, tokens, how, rank)
     dense = (3 + 2 * config.mlp_ratio) * config.hidden_size**2 * how.item_bytes if how.weight_format else 0
-    transient = max((BACKWARD_PEAK - SINGLE_SAVED) * u, dense)
     num_blocks = config.num_double_blocks + config.num_single_blocks
+    # When a dense weight is made, some of what was kept is free again.
+    steps = [double + max(DOUBLE_BACKWARD * u, dense - 3 * u)] if config.num_double_blocks else []
+    steps += [single + max(SINGLE_BACKWARD * u, dense - 3 * u)] if config.num_single_blocks else []
     if checkpointing == "none":
         kept = config.num_double_blocks * double + config.num_single_blocks * single
+        peak = kept + max(steps) - (single if config.num_single_blocks else double)
     else:
-        inputs = (num_blocks - 1) * u if checkpointing == "blocks" else OFFLOADED_INPUTS * u
-        kept = inputs + max(single if config.num_single_blocks else 0, double if config.num_double_blocks else 0)
-    return kept + transient + 2 * _input_bytes(config, tokens, how.item_bytes)
+        peak = max(steps) + ((num_blocks - 1) if checkpointing == "blocks" else OFFLOADED_INPUTS) * u
+    return round(peak) + _input_bytes(config, tokens, how.item_bytes)
 
 
 def adapter_parameters(config: DiTConfig, rank: int) -> int:
