@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..flux2_core.autoencoder import PIXELS_PER_LATENT, Flux2Autoencoder
-from ..flux2_core.autoencoder_memory import decoding_bytes, encoding_bytes
+from ..flux2_core.autoencoder_memory import decoding_bytes, encoding_bytes, host_strip_bytes
 from ..flux2_core.command_errors import is_out_of_memory
 from ..flux2_core.latents import NUM_LATENT_CHANNELS
 from ..flux2_core.pipeline import check_latents, encode_prompt
@@ -22,6 +23,9 @@ from ..flux2_core.text_encoder import TextEncoder
 from . import host
 
 logger = logging.getLogger(__name__)
+
+HOST = torch.device("cpu")
+"""Where whole tensors go when strips alone do not help."""
 
 
 class BridgedVAE:
@@ -50,7 +54,7 @@ class BridgedVAE:
         """Where it runs."""
         return self.first_stage_model.decoder.conv_in.weight.device
 
-    output_device = torch.device("cpu")
+    output_device = HOST
 
     def throw_exception_if_invalid(self) -> None:
         """A loaded autoencoder is always valid."""
@@ -74,30 +78,40 @@ class BridgedVAE:
     def encode(self, pixel_samples: Tensor) -> Tensor:
         """Pictures to latents, one at a time: memory does not grow with the batch."""
         ae = self.first_stage_model
-        return self._encode(pixel_samples, ae.encode, ae.encode_tiled)
+        self._make_room(encoding_bytes, pixel_samples.shape[2], pixel_samples.shape[1])
+        return self._encode(pixel_samples, ae.encode, ae.encode_tiled, partial(ae.encode_tiled, store=HOST))
 
     def encode_tiled(self, pixel_samples: Tensor, tile_x: int | None = None, **_: object) -> Tensor:
-        """As `encode`, in tiles.
+        """As `encode`, in strips: the same numbers in less memory.
 
         Args:
-            tile_x: their side in pixels; their overlap is the autoencoder's own, and tiles are square.
+            tile_x: a strip covers about as much as a square of this side, in pixels. Strips need no overlap.
         """
-        tile = None if tile_x is None else max(tile_x // PIXELS_PER_LATENT, MIN_TILE)
-        return self._encode(pixel_samples, lambda images: self.first_stage_model.encode_tiled(images, tile=tile))
+        tile = None if tile_x is None else max(tile_x // PIXELS_PER_LATENT, 1)
+        ae = self.first_stage_model
+        self._make_room(partial(host_strip_bytes, decodes=False), pixel_samples.shape[2], pixel_samples.shape[1])
+        return self._encode(
+            pixel_samples, partial(ae.encode_tiled, tile=tile), partial(ae.encode_tiled, tile=tile, store=HOST)
+        )
 
     def decode(self, samples_in: Tensor, vae_options: Mapping[str, Any] | None = None) -> Tensor:
         """Latents to pictures, one at a time."""
         ae = self.first_stage_model
-        return self._decode(samples_in, ae.decode, ae.decode_tiled)
+        self._make_room(decoding_bytes, *_pixels(samples_in))
+        return self._decode(samples_in, ae.decode, ae.decode_tiled, partial(ae.decode_tiled, store=HOST))
 
     def decode_tiled(self, samples: Tensor, tile_x: int | None = None, **_: object) -> Tensor:
-        """As `decode`, in tiles.
+        """As `decode`, in strips: the same numbers in less memory.
 
         Args:
-            tile_x: their side in latent positions; their overlap is the autoencoder's own, and tiles are square.
+            tile_x: a strip covers about as much as a square of this side, in latent positions.
         """
-        tile = None if tile_x is None else max(tile_x, MIN_TILE)
-        return self._decode(samples, lambda latents: self.first_stage_model.decode_tiled(latents, tile=tile))
+        tile = None if tile_x is None else max(tile_x, 1)
+        ae = self.first_stage_model
+        self._make_room(partial(host_strip_bytes, decodes=True), *_pixels(samples))
+        return self._decode(
+            samples, partial(ae.decode_tiled, tile=tile), partial(ae.decode_tiled, tile=tile, store=HOST)
+        )
 
     def get_sd(self) -> dict[str, Tensor]:
         """The weights, which Save VAE writes in Black Forest Labs' layout."""
@@ -110,13 +124,11 @@ class BridgedVAE:
                 f"FLUX.2 encodes pictures [batch, height, width, 3]; it got a tensor of shape {tuple(pixels.shape)}"
             )
         images = self.vae_encode_crop_pixels(pixels[..., :3]).movedim(-1, 1) * 2 - 1
-        self._make_room(encoding_bytes, images.shape[-1], images.shape[-2])
         return torch.cat([_try(ways, row).to(self.output_device) for row in images.split(1)])
 
     @torch.inference_mode()
     def _decode(self, latents: Tensor, *ways: Callable[[Tensor], Tensor]) -> Tensor:
         check_latents(latents, self.first_stage_model.config.packed_channels, "the input of VAE Decode")
-        self._make_room(decoding_bytes, latents.shape[-1] * PIXELS_PER_LATENT, latents.shape[-2] * PIXELS_PER_LATENT)
         pictures = torch.cat([_try(ways, row).to(self.output_device) for row in latents.split(1)])
         return ((pictures + 1) / 2).clamp(0, 1).movedim(1, -1)
 
@@ -125,8 +137,9 @@ class BridgedVAE:
         host.make_room(num_bytes(config, width, height, self.vae_dtype.itemsize, is_cuda=is_cuda))
 
 
-MIN_TILE = 16
-"""Side of the smallest tile, in latent positions: below it a picture is mostly seams."""
+def _pixels(latents: Tensor) -> tuple[int, int]:
+    """Width and height of the pictures of latents."""
+    return latents.shape[-1] * PIXELS_PER_LATENT, latents.shape[-2] * PIXELS_PER_LATENT
 
 
 class Tokens(dict[str, list[str]]):
@@ -219,5 +232,5 @@ def _try(ways: tuple[Callable[[Tensor], Tensor], ...], x: Tensor) -> Tensor:
             raise
     # Behind the handler: the exception holds the tensors that have to go first.
     host.release_memory()
-    logger.warning("not enough memory for the whole picture at once: it is encoded or decoded in tiles")
+    logger.warning("not enough memory for the picture in one go: it is encoded or decoded in strips, which is slower")
     return _try(tuple(others), x)

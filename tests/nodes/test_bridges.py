@@ -365,26 +365,38 @@ def test_a_vae_codes_as_the_autoencoder(autoencoder):
     assert set(vae.get_sd()) == set(autoencoder.state_dict())
 
 
-def test_tiles_are_as_large_as_asked(autoencoder):
-    vae, latents = BridgedVAE(autoencoder), random_like(1, 128, 2, 24)
-    wanted = autoencoder.decode_tiled(latents, tile=18)
-    assert torch.allclose(vae.decode_tiled(latents, tile_x=18), (wanted.movedim(1, -1) + 1).div(2).clamp(0, 1))
-    assert not torch.allclose(vae.decode_tiled(latents, tile_x=18), vae.decode(latents), atol=1e-6)
+def test_tiled_nodes_choose_the_size_of_strips(autoencoder, monkeypatch):
+    asked = []
+    for name, way in (("encode_tiled", autoencoder.encode), ("decode_tiled", autoencoder.decode)):
+        monkeypatch.setattr(
+            autoencoder, name, lambda x, name=name, way=way, **settings: asked.append((name, settings)) or way(x)
+        )
+    vae = BridgedVAE(autoencoder)
+    latents = vae.encode_tiled(torch.rand(1, 64, 64, 3), tile_x=512, tile_y=512, overlap=64)
+    vae.decode_tiled(latents, tile_x=32, tile_y=32, overlap=4)
+    assert asked == [("encode_tiled", {"tile": 32}), ("decode_tiled", {"tile": 32})]
 
 
-def test_without_memory_for_the_whole_picture_it_is_done_in_tiles(autoencoder, monkeypatch, caplog):
+def test_without_memory_for_the_whole_picture_it_is_done_in_strips(autoencoder, monkeypatch, caplog):
     vae, latents = BridgedVAE(autoencoder), random_like(1, 128, 3, 4)
-    expected = vae.decode(latents)
+    expected, whole, tried = vae.decode(latents), autoencoder.decode, []
 
     def fail(_: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    whole = autoencoder.decode
+    def strips(x: torch.Tensor, store: torch.device | None = None) -> torch.Tensor:
+        tried.append(store)
+        return fail(x) if store is None else whole(x)
+
     monkeypatch.setattr(autoencoder, "decode", fail)
-    monkeypatch.setattr(autoencoder, "decode_tiled", whole)
-    assert torch.equal(vae.decode(latents), expected) and "in tiles" in caplog.text
-    monkeypatch.setattr(autoencoder, "decode_tiled", fail)
+    monkeypatch.setattr(autoencoder, "decode_tiled", strips)
+    assert torch.equal(vae.decode(latents), expected) and "in strips" in caplog.text
+    assert tried == [None, torch.device("cpu")]
+    monkeypatch.setattr(autoencoder, "decode_tiled", lambda x, store=None: fail(x))
     with pytest.raises(torch.OutOfMemoryError):
+        vae.decode(latents)
+    monkeypatch.setattr(autoencoder, "decode", lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         vae.decode(latents)
 
 
@@ -396,6 +408,7 @@ def test_a_vae_refuses_other_latents_and_asks_for_room(autoencoder, monkeypatch)
         vae.decode(torch.zeros(1, 16, 4, 4))
     with pytest.raises(ValueError, match=r"\[batch, height, width, 3\]"):
         vae.encode(torch.zeros(1, 4, 64, 64, 3))
+    asked.clear()
     vae.decode(random_like(1, 128, 2, 2))
     vae.decode(random_like(1, 128, 4, 4))
     assert len(asked) == 2 and 0 < asked[0] < asked[1]
