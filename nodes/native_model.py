@@ -334,6 +334,11 @@ def bridged_patcher_class(base: Any) -> Any:
                     f"a native node replaces {name} of this MODEL, which comes from FLUX.2 to MODEL; remove that node, "
                     "or load the model with a native loader"
                 )
+            if name == "manual_cast_dtype":
+                raise ValueError(
+                    "the precision of this MODEL, which comes from FLUX.2 to MODEL, is that of Load FLUX.2 DiT; choose "
+                    "it there, and remove the node that sets a compute dtype"
+                )
             super().add_object_patch(name, obj)
 
         def cleanup(self) -> None:

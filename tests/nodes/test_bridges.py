@@ -307,6 +307,8 @@ def test_a_model_is_not_patched_merged_or_saved(comfyui):
         model.model.state_dict_for_saving()
     with pytest.raises(ValueError, match="replaces diffusion_model"):
         model.add_object_patch("diffusion_model.img_in", None)
+    with pytest.raises(ValueError, match=r"that of Load FLUX\.2 DiT"):
+        model.add_object_patch("manual_cast_dtype", torch.float16)
     model.add_object_patch("model_sampling", "another schedule")
     assert model.objects == {"model_sampling": "another schedule"}
 
