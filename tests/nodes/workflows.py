@@ -246,7 +246,7 @@ def native_sampler_tiny() -> Workflow:
     sampled = flow.add("KSampler", latent_image=latent, seed=3, steps=20, **prompts)
     image = flow.add("VAEDecode", samples=sampled, vae=vae)
     flow.add("SaveImage", "KSampler", images=image, filename_prefix="flux2_kit/tiny_ksampler")
-    flow.column("5. What SamplerCustomAdvanced takes")
+    flow.column("5. Parts of the other way")
     parts: dict[str, Any] = {
         "sigmas": flow.add("Flux2KitSigmas", dit=dit),
         "noise": flow.add("RandomNoise", noise_seed=3),
