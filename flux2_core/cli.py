@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from .command_errors import describe_error
-from .memory_options import add_memory_options
+from .memory_options import PRECISIONS, add_memory_options
 from .picture_metadata import kit_version
 
 EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
@@ -34,6 +34,8 @@ examples:
   flux2 generate --lora_weight style.safetensors --lora_multiplier 0.8 --prompt "a lighthouse at dawn"
   flux2 convert-lora lora.safetensors for-comfyui.safetensors --to comfy
   flux2 quantize --dit flux-2-klein-9b.safetensors --output klein-9b-fp8.safetensors --format fp8
+  flux2 generate --model_version klein-9b --vram_budget 8 --prompt "a lighthouse at dawn"
+  flux2 plan klein-9b
   flux2 inspect model.safetensors
 
 `flux2 COMMAND --help` lists the options of a command, for generate with the defaults of every variant."""
@@ -139,6 +141,8 @@ def build_parser(add_commands: AddCommands | None = None) -> argparse.ArgumentPa
     _add_convert_lora(commands, common)
     _add_extract_lora(commands, common)
     _add_quantize(commands, common)
+
+    _add_plan(commands, common)
 
     download = commands.add_parser("download", parents=[common], help="fetch the weights of a variant")
     download.description = (
@@ -305,6 +309,26 @@ def _add_quantize(commands: argparse._SubParsersAction[Any], common: Parser) -> 
     parser.set_defaults(run=_run_quantize)
 
 
+def _add_plan(commands: argparse._SubParsersAction[Any], common: Parser) -> None:
+    parser = commands.add_parser("plan", parents=[common], help="tell what runs within how much memory")
+    parser.description = (
+        "Prints for a list of budgets how a variant runs within them: its precision, how much of it stays on the\n"
+        "device, and what that is estimated to take. No file and no GPU is needed."
+    )
+    parser.add_argument("variant", metavar="VARIANT", help="such as klein-9b; `flux2 generate --help` lists them")
+    parser.add_argument("--budgets", nargs="+", type=float, metavar="GB", help="in GiB; default: those of common GPUs")
+    parser.add_argument("--host_memory", type=float, metavar="GB", help="free host memory, in GiB; default: enough")
+    parser.add_argument("--image_size", nargs=2, type=int, metavar=("H", "W"), help="default: the variant's")
+    parser.add_argument("--references", type=int, metavar="N", default=0, help="of 1024x1024 px; default: none")
+    parser.add_argument("--batch_size", type=int, metavar="N", default=1, help="pictures at once; default: 1")
+    parser.add_argument("--guidance_scale", type=float, metavar="X", help="default: the variant's")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: auto")
+    parser.add_argument("--text_encoder_precision", choices=PRECISIONS, help="default: auto")
+    parser.add_argument("--training", action="store_true", help="of a LoRA, from cached pictures and captions")
+    parser.add_argument("--rank", type=int, metavar="N", default=32, help="of the LoRA; default: %(default)s")
+    parser.set_defaults(run=_run_plan)
+
+
 def _add_conversion_options(parser: argparse.ArgumentParser, default_dtype: str) -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help=f"type to write; default: {default_dtype}")
     parser.add_argument(
@@ -365,6 +389,13 @@ def _run_quantize(args: argparse.Namespace) -> int:
     from .quantize_command import run_quantize
 
     return run_quantize(args)
+
+
+def _run_plan(args: argparse.Namespace) -> int:
+    from .plan_command import DEFAULT_BUDGETS, run_plan
+
+    args.budgets = args.budgets or list(DEFAULT_BUDGETS)
+    return run_plan(args)
 
 
 def _run_download(args: argparse.Namespace) -> int:

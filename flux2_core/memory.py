@@ -97,7 +97,8 @@ class MemoryRequest:
     text_encoder_file: FileFacts = FileFacts()
     autoencoder_precision: PlainPrecision = "bf16"
     needs: MemoryNeeds = MemoryNeeds()
-    has_loras: bool = False
+    lora_bytes: int = 0
+    """Factors of live LoRAs, in the type of the activations."""
     rank: int | None = None
     """Rank of the LoRA that is trained on all Linears of the blocks; None: pictures are made."""
     checkpointing: Literal["auto", "none", "blocks", "offload"] = "auto"
@@ -299,10 +300,10 @@ class _Stages:
             item_bytes=self.item_bytes,
             weight_format=weight_format(self.precision),
             is_cuda=request.device_type == "cuda",
-            is_adapted=request.has_loras or request.rank is not None,
+            is_adapted=request.lora_bytes > 0 or request.rank is not None,
         )
         if request.rank is None:
-            return forward_bytes(variant.dit, request.tokens, how)
+            return request.lora_bytes + forward_bytes(variant.dit, request.tokens, how)
         assert self.checkpointing is not None
         adapters = adapter_parameters(variant.dit, request.rank) * (MASTER_BYTES + request.optimizer_bytes)
         activations = training_bytes(

@@ -182,7 +182,7 @@ def place_pipeline(
         text_encoder_file=text_encoder_facts(files.text_encoder),
         autoencoder_precision=autoencoder_precision(files.autoencoder),
         needs=needs or MemoryNeeds(),
-        has_loras=bool(loras),
+        lora_bytes=lora_bytes(loras),
         device_type=device.type,
     )
     plan = plan_memory(request, device_budget(device, vram_budget_gib), available_host_bytes())
@@ -191,6 +191,12 @@ def place_pipeline(
     if not plan.takes_turns:
         pipeline.load_all()
     return pipeline
+
+
+def lora_bytes(loras: Sequence[LoraSetting]) -> int:
+    """What the factors of LoRAs take as they run, in 16 bits."""
+    parts = (part for setting in loras for parts in setting.lora.layers.values() for part in parts)
+    return 2 * sum(tensor.numel() for part in parts for tensor in part.tensors().values())
 
 
 def precision_of(precision: PlanPrecision, dtype: torch.dtype | None) -> PlanPrecision:
