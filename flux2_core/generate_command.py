@@ -32,7 +32,7 @@ from .lora import LoraSetting
 from .lora_command import check_lora_options, read_lora_settings, save_merged
 from .memory import MemoryNeeds
 from .memory_options import read_memory_options
-from .picture_metadata import GenerationRecord, kit_version, parse_record, write_png
+from .picture_metadata import GenerationRecord, make_record, parse_record, write_png
 from .pipeline import (
     Flux2Pipeline,
     ModelFiles,
@@ -360,29 +360,18 @@ class Session:
 
     def record(self, job: Job) -> GenerationRecord:
         """What the files say about how they were made."""
-        sampling = job.sampling
-        assert sampling.width and sampling.height and sampling.num_steps and sampling.cfg_scale is not None
-        return GenerationRecord(
+        return make_record(
+            job.sampling,
+            self.files.variant,
             prompt=job.prompt,
-            negative_prompt=job.negative_prompt if sampling.cfg_scale != 1 else None,
-            seed=sampling.seed,
-            num_images=sampling.num_images,
-            width=sampling.width,
-            height=sampling.height,
-            num_steps=sampling.num_steps,
-            cfg_scale=sampling.cfg_scale,
-            guidance=sampling.guidance,
-            flow_shift=sampling.flow_shift,
-            references=tuple(path.name for path in job.reference_paths),
-            resize_references=sampling.resize_references,
-            variant=self.files.variant.name,
-            dit=self.files.dit.name,
-            autoencoder=self.files.autoencoder.name,
-            text_encoder=self.files.text_encoder.name,
-            loras=tuple((setting.lora.name, setting.strength) for setting in self.loras),
-            lora_include=tuple(self.args.include_patterns or ()),
-            lora_exclude=tuple(self.args.exclude_patterns or ()),
-            version=kit_version(),
+            negative_prompt=job.negative_prompt,
+            references=job.reference_paths,
+            dit=self.files.dit,
+            autoencoder=self.files.autoencoder,
+            text_encoder=self.files.text_encoder,
+            loras=((setting.lora.name, setting.strength) for setting in self.loras),
+            lora_include=self.args.include_patterns or (),
+            lora_exclude=self.args.exclude_patterns or (),
         )
 
 

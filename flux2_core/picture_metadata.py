@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,9 @@ from .files import write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from .pipeline import SamplingConfig
+    from .variants import Variant
 
 DISTRIBUTION = "comfyui-flux2-kit"
 RECORD_KEY = "flux2_kit"
@@ -99,6 +102,46 @@ class GenerationRecord:
             "flow_shift": self.flow_shift,
         }
         return {RECORD_KEY: self.to_json()} | {name: str(value) for name, value in values.items() if value is not None}
+
+
+def make_record(
+    sampling: SamplingConfig,
+    variant: Variant,
+    *,
+    prompt: str,
+    negative_prompt: str | None,
+    references: Iterable[str | os.PathLike[str]] = (),
+    dit: Path,
+    autoencoder: Path,
+    text_encoder: Path,
+    loras: Iterable[tuple[str, float]] = (),
+    lora_include: Iterable[str] = (),
+    lora_exclude: Iterable[str] = (),
+) -> GenerationRecord:
+    """The record of pictures from resolved settings; paths are kept without their folders."""
+    assert sampling.width and sampling.height and sampling.num_steps and sampling.cfg_scale is not None
+    return GenerationRecord(
+        prompt=prompt,
+        negative_prompt=(negative_prompt or "") if sampling.cfg_scale != 1 else None,
+        seed=sampling.seed,
+        num_images=sampling.num_images,
+        width=sampling.width,
+        height=sampling.height,
+        num_steps=sampling.num_steps,
+        cfg_scale=sampling.cfg_scale,
+        guidance=sampling.guidance,
+        flow_shift=sampling.flow_shift,
+        references=tuple(Path(path).name for path in references),
+        resize_references=sampling.resize_references,
+        variant=variant.name,
+        dit=dit.name,
+        autoencoder=autoencoder.name,
+        text_encoder=text_encoder.name,
+        loras=tuple(loras),
+        lora_include=tuple(lora_include),
+        lora_exclude=tuple(lora_exclude),
+        version=kit_version(),
+    )
 
 
 def parse_record(metadata: Mapping[str, object]) -> GenerationRecord | None:

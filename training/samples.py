@@ -13,7 +13,7 @@ from ..flux2_core.autoencoder import Flux2Autoencoder
 from ..flux2_core.dit import Flux2DiT
 from ..flux2_core.files import read_limited
 from ..flux2_core.images import load_image
-from ..flux2_core.picture_metadata import GenerationRecord, kit_version
+from ..flux2_core.picture_metadata import GenerationRecord, make_record
 from ..flux2_core.pipeline import (
     SamplingConfig,
     check_num_references,
@@ -149,24 +149,15 @@ def sample_record(
     sample: PreparedSample, files: TrainFiles, loras: Iterable[tuple[str, float]] = ()
 ) -> GenerationRecord:
     """What the PNG file of a sample says about how it was made."""
-    sampling = sample.sampling
-    assert sampling.width and sampling.height and sampling.num_steps and sampling.cfg_scale is not None
     assert files.autoencoder is not None and files.text_encoder is not None, "sample pictures were made with them"
-    return GenerationRecord(
+    return make_record(
+        sample.sampling,
+        files.variant,
         prompt=sample.line.prompt,
-        negative_prompt=(sample.line.negative_prompt or "") if sampling.cfg_scale != 1 else None,
-        seed=sampling.seed,
-        width=sampling.width,
-        height=sampling.height,
-        num_steps=sampling.num_steps,
-        cfg_scale=sampling.cfg_scale,
-        guidance=sampling.guidance,
-        flow_shift=sampling.flow_shift,
-        references=tuple(Path(path).name for path in sample.line.references),
-        variant=files.variant.name,
-        dit=files.dit.name,
-        autoencoder=files.autoencoder.name,
-        text_encoder=files.text_encoder.name,
-        loras=tuple(loras),
-        version=kit_version(),
+        negative_prompt=sample.line.negative_prompt,
+        references=sample.line.references,
+        dit=files.dit,
+        autoencoder=files.autoencoder,
+        text_encoder=files.text_encoder,
+        loras=loras,
     )
