@@ -147,8 +147,9 @@ def known_errors(chromium, artifacts, tmp_path_factory, server) -> set[str]:
         return set(map(window.plain, window.errors))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def window(chromium, server) -> Iterator[Window]:
+    """A tab that knows nothing of the one before: the page would open its workflows again."""
     opened = open_window(chromium, server)
     yield opened
     opened.page.close()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from comfyui_server import API, PACK_FOLDER, Server
@@ -159,7 +162,7 @@ def test_another_order_of_pictures_gives_the_same_ones(server):
     assert pixels(server, one) == first
 
 
-def test_an_uploaded_picture_is_edited(server, tmp_path):
+def test_an_uploaded_picture_is_edited(server):
     from flux2_kit.flux2_core.images import tensor_to_images
     from flux2_kit.training.tiny.pictures import Scene, draw_scenes
 
@@ -179,7 +182,17 @@ def test_an_uploaded_picture_is_edited(server, tmp_path):
     assert result.status == "success", result.messages
     wanted = {"kind": "star", "color": "blue", "background": "white", "position": "center", "size": "large"}
     assert_shows(server.images(result, save), wanted)
-    assert isinstance(picture, Image.Image) and picture.size == (64, 64)
+
+
+def test_a_program_queues_a_workflow_with_a_prompt_of_its_own(server, tmp_path):
+    client, text = FOLDER / "api" / "run.py", "a small green ring at the bottom right on a white background"
+    command = [sys.executable, "-I", str(client), str(client.with_name("text_to_image_tiny.json")), "--prompt", text]
+    command += ["--seed", "18", "--server", server.url, "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    paths = [Path(line) for line in done.stdout.splitlines()]
+    assert len(paths) == 4 and sorted(paths) == sorted(tmp_path.rglob("*.png"))
+    assert_shows([Image.open(path).convert("RGB") for path in paths], asked_for(text))
 
 
 WRONG: dict[str, tuple[str, dict[str, object], str]] = {
