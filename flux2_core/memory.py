@@ -272,7 +272,7 @@ def _checkpointing_modes(request: MemoryRequest) -> tuple[TrainingMode | None, .
         return (None,)
     if request.checkpointing != "auto":
         return (request.checkpointing,)
-    return ("none",) if request.variant.name == "tiny" else ("blocks", "offload")
+    return ("none", "blocks") if request.variant.name == "tiny" else ("blocks", "offload")
 
 
 class _Stages:
@@ -287,14 +287,18 @@ class _Stages:
         plain = precision if precision in ITEM_BYTES else request.dit_file.plain
         self.item_bytes = ITEM_BYTES[plain]
         self.weights = dit_bytes(config, weight_format(precision), self.item_bytes)
-        self.activations = self._sampling(config)
+        self.state = 0
+        """Adapters in training, their gradients and the optimiser's state: they stay whatever works."""
+        if request.rank is not None:
+            self.state = adapter_parameters(config, request.rank) * (MASTER_BYTES + request.optimizer_bytes)
+        self.activations = self.state + self._sampling()
         self.autoencoder_weights = 0
         if request.uses_autoencoder:
             item_bytes = ITEM_BYTES[request.autoencoder_precision]
             self.autoencoder_weights = autoencoder_bytes(request.variant.autoencoder, item_bytes)
 
-    def _sampling(self, config: object) -> int:
-        """Activations, gradients, adapters and the optimiser's state."""
+    def _sampling(self) -> int:
+        """Activations and gradients of the DiT."""
         request, variant = self.request, self.request.variant
         how = Computation(
             item_bytes=self.item_bytes,
@@ -305,11 +309,7 @@ class _Stages:
         if request.rank is None:
             return request.lora_bytes + forward_bytes(variant.dit, request.tokens, how)
         assert self.checkpointing is not None
-        adapters = adapter_parameters(variant.dit, request.rank) * (MASTER_BYTES + request.optimizer_bytes)
-        activations = training_bytes(
-            variant.dit, request.tokens, how, rank=request.rank, checkpointing=self.checkpointing
-        )
-        return adapters + activations
+        return training_bytes(variant.dit, request.tokens, how, rank=request.rank, checkpointing=self.checkpointing)
 
     def autoencoding(self, tiling: Tiling) -> tuple[int, int]:
         """Peaks of the autoencoder's work, weights aside: on the device, and of host memory."""
@@ -367,7 +367,9 @@ class _Stages:
                 checkpointing=self.checkpointing,
                 text_encoding_bytes=weights + self._text_activations(text_encoder) if text_encoder is not None else 0,
                 sampling_bytes=weights + self.activations,
-                decoding_bytes=weights + self.autoencoding(tiling)[0] if self.request.uses_autoencoder else 0,
+                decoding_bytes=weights + self.state + self.autoencoding(tiling)[0]
+                if self.request.uses_autoencoder
+                else 0,
             )
             if budget is None or plan.peak_bytes <= budget:
                 return plan
@@ -379,13 +381,14 @@ class _Stages:
         text_bytes = 0
         if text_encoder is not None:
             text_bytes = text_encoder.device_bytes + self._text_activations(text_encoder)
-        # The ring is free while the autoencoder works.
+        # The ring is free while the autoencoder works, and what is trained cannot leave.
         beside = dit.device_bytes - dit.ring_size * max(self.weights.slots)
         tilings: tuple[Tiling, ...] = _tilings(self.request)
-        for dit_stays, index in product((True, False), range(len(tilings))):
+        ways = (True,) if self.request.rank is not None else (True, False)
+        for dit_stays, index in product(ways, range(len(tilings))):
             tiling = tilings[index]
             on_device, in_host = self.autoencoding(tiling)
-            decoding = self.autoencoder_weights + on_device + (beside if dit_stays else 0)
+            decoding = self.autoencoder_weights + self.state + on_device + (beside if dit_stays else 0)
             if not self.request.uses_autoencoder:
                 decoding = 0
             if (budget is None or decoding <= budget) and (host is None or in_host <= host):

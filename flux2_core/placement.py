@@ -41,7 +41,7 @@ from .state_dict import COMFYUI_DIT_PREFIX
 from .streaming import BlockStreamer, stream_dit, stream_text_encoder
 from .tensor_source import TensorSource
 from .text_encoder import TextEncoder, load_text_encoder
-from .variants import Variant
+from .variants import TextEncoderConfig, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -153,12 +153,42 @@ def place_dit(
     return placed
 
 
+def place_text_encoder(
+    path: Path,
+    config: TextEncoderConfig,
+    plan: NetworkPlan,
+    device: torch.device,
+    *,
+    facts: FileFacts | None = None,
+    tokenizer: Path | None = None,
+    last_tokenizer_directories: Sequence[Path] = (),
+) -> tuple[TextEncoder, BlockStreamer | None]:
+    """Loads a text encoder to where a plan says; as `place_dit`."""
+    encoder = load_text_encoder(
+        path,
+        config,
+        tokenizer=tokenizer,
+        device="cpu" if plan.is_streamed else device,
+        last_tokenizer_directories=last_tokenizer_directories,
+        **_load_settings(plan, facts or text_encoder_facts(path)),
+    )
+    if not plan.is_streamed:
+        return encoder, None
+    return encoder, stream_text_encoder(
+        encoder,
+        device,
+        num_resident=plan.num_resident,
+        ring_size=plan.ring_size,
+        file=path if plan.from_disk else None,
+    )
+
+
 def _load_settings(plan: NetworkPlan, facts: FileFacts) -> dict[str, Any]:
-    """What loads the precision of a plan: nothing where it is the file's own."""
+    """What loads the precision of a plan."""
     quantised = weight_format(plan.precision)
     if quantised is not None:
-        return {"precision": quantised}
-    return {"dtype": None if plan.precision == facts.plain else DTYPES[plan.precision]}
+        return {"precision": quantised, "dtype": DTYPES[facts.plain]}
+    return {"dtype": DTYPES[plan.precision]}
 
 
 def place_pipeline(
@@ -352,23 +382,15 @@ class PlacedPipeline(Flux2Pipeline):
         return self._dit.dit
 
     def _load_text_encoder(self) -> TextEncoder:
-        plan = self.plan.text_encoder
-        assert plan is not None, "planned for pictures"
-        encoder = load_text_encoder(
+        assert self.plan.text_encoder is not None, "planned for pictures"
+        encoder, self._text_streamer = place_text_encoder(
             self.files.text_encoder,
             self.variant.text_encoder,
+            self.plan.text_encoder,
+            self.device,
+            facts=self.request.text_encoder_file,
             tokenizer=self._tokenizer,
-            device="cpu" if plan.is_streamed else self.device,
-            **_load_settings(plan, self.request.text_encoder_file),
         )
-        if plan.is_streamed:
-            self._text_streamer = stream_text_encoder(
-                encoder,
-                self.device,
-                num_resident=plan.num_resident,
-                ring_size=plan.ring_size,
-                file=self.files.text_encoder if plan.from_disk else None,
-            )
         return encoder
 
     def _load_ae(self) -> Flux2Autoencoder:

@@ -12,6 +12,7 @@ from .optimizers import OptimizerConfig, ScheduleConfig, check_schedule
 from .timesteps import TimestepConfig
 
 Precision = Literal["no", "fp16", "bf16"]
+BasePrecision = Literal["auto", "bf16", "fp8", "nf4"]
 Checkpointing = Literal["auto", "none", "blocks", "offload"]
 SavePrecision = Literal["fp32", "fp16", "bf16"]
 
@@ -99,9 +100,19 @@ class TrainConfig:
     mixed_precision: Precision | None = None
     """Precision of the frozen base and of activations; "no" is fp32. None: as in the DiT's file, as when generating.
     The LoRA itself is always trained in fp32."""
+    base_precision: BasePrecision = "auto"
+    """How the weights of the frozen blocks are kept. fp8 and nf4 (QLoRA) take a half and a quarter of bf16; "auto"
+    takes fp8 where plain weights do not fit into the device's memory."""
+    text_encoder_precision: BasePrecision = "auto"
+    """Of the text encoder, for the prompts of sample pictures; "auto": as in the file."""
+    vram_budget_gib: float | None = None
+    """GiB that training may take on the device; what does not fit is streamed. None: what is free."""
+    num_streamed_blocks: int | None = None
+    """Blocks whose weights stay in host memory and are streamed; None: as few as fit."""
     checkpointing: Checkpointing = "auto"
     """Activations that are computed again in the backward pass instead of kept: "blocks" keeps only what goes into a
-    block, "offload" keeps that in host memory. "auto": "blocks", for the tiny model "none"."""
+    block, "offload" keeps that in host memory. "auto": "blocks", and "offload" where that does not fit; for the tiny
+    model "none"."""
     ema_decay: float | None = None
     """Exponential moving average of the LoRA; it is what is saved and sampled. None: the weights themselves."""
     network_weights: Path | None = None
@@ -130,6 +141,8 @@ class TrainConfig:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must lie between 0 and 1, such as 0.999")
         if self.loraplus_lr_ratio is not None and not self.loraplus_lr_ratio > 0:
             raise ValueError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}; it must be above 0, such as 16")
+        if self.vram_budget_gib is not None and not self.vram_budget_gib > 0:
+            raise ValueError(f"vram_budget is {self.vram_budget_gib}; it must be a number of GiB above 0, such as 12")
         check_schedule(self.optimizer, self.schedule)
         if self.dim_from_weights and self.network_weights is None:
             raise ValueError("dim_from_weights takes the rank from network_weights; give that too")

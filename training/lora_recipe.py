@@ -24,16 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..flux2_core.checkpoint import load_autoencoder, load_dit
+from ..flux2_core.checkpoint import load_autoencoder
 from ..flux2_core.command_errors import is_out_of_memory
 from ..flux2_core.lora import LoraSetting, apply_loras, remove_loras
 from ..flux2_core.lora_factors import Lora
 from ..flux2_core.lora_files import read_lora
 from ..flux2_core.lora_writer import write_lora
 from ..flux2_core.picture_metadata import write_png
+from ..flux2_core.placement import release
 from ..flux2_core.sampling import Stopped
-from ..flux2_core.text_encoder import load_text_encoder
 from .adapters import TrainableAdapters, config_from_lora
+from .base_model import DTYPES, BaseModel
 from .cache import CachedDataset, Sample
 from .config import TrainConfig
 from .flow_matching import velocity_losses
@@ -52,7 +53,6 @@ from .train_state import load_tree, restore_train_state, save_train_state
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STATE_FILE = "state.safetensors"
 VALIDATIONS_IN_A_RUN = 10
 SPARE_BYTES = 64 * 2**20
@@ -135,6 +135,10 @@ class LoraRun:
         if resume is not None:
             state = load_tree(resume / STATE_FILE)
             check_resume(state, self.description, self.num_steps, resume)
+        start = read_lora(config.network_weights, self.variant.dit) if config.network_weights is not None else None
+        adapter_config = config_from_lora(start) if start is not None and config.dim_from_weights else config.adapter
+        precision = state["extra"].get("base_precision") if state is not None else None
+        self.base = BaseModel(config, adapter_config, dataset, files, self.device, precision)
 
         # 2. Sample prompts become embeddings and reference latents; the text encoder is freed again.
         for folder in (self.folder, self.lora_folder):
@@ -145,22 +149,14 @@ class LoraRun:
             assert files.autoencoder is not None and files.text_encoder is not None, "found for sample pictures"
             lines = read_sample_prompts(config.monitor.sample_prompts)
             self.autoencoder = load_autoencoder(files.autoencoder, device=self.device)
-            load = partial(
-                load_text_encoder,
-                files.text_encoder,
-                self.variant.text_encoder,
-                tokenizer=files.tokenizer,
-                device=self.device,
+            self.samples = prepare_samples(
+                lines, self.variant, config.seed, self.base.load_text_encoder, self.autoencoder
             )
-            self.samples = prepare_samples(lines, self.variant, config.seed, load, self.autoencoder)
+            self._rest_autoencoder()
 
         # 3. The base, frozen, and fp32 adapters beside its Linears.
-        dtype = DTYPES[config.mixed_precision] if config.mixed_precision is not None else None
-        self.dit, _ = load_dit(files.dit, self.variant.name, dtype=dtype, device=self.device)
-        self.dit.requires_grad_(False)
-        self.dit.checkpointing = self._checkpointing()
-        start = read_lora(config.network_weights, self.variant.dit) if config.network_weights is not None else None
-        adapter_config = config_from_lora(start) if start is not None and config.dim_from_weights else config.adapter
+        self.placed = self.base.load_dit()
+        self.dit = self.placed.dit
         generator = torch.Generator().manual_seed(config.seed)
         self.adapters = TrainableAdapters(self.dit, adapter_config, generator=generator)
         if start is not None:
@@ -376,11 +372,14 @@ class LoraRun:
         assert self.autoencoder is not None
         self.adapters.detach()
         try:
+            self.autoencoder.to(self.device)
             apply_loras(self.dit, [LoraSetting(lora=lora)])
             for index, sample in enumerate(self.samples):
                 if index % self.processes.count != self.processes.index:
                     continue
-                image = make_sample(sample, self.dit, self.variant, self.autoencoder, self.should_stop)
+                image = make_sample(
+                    sample, self.dit, self.variant, self.autoencoder, self.should_stop, tiling=self.base.plan.tiling
+                )
                 folder = self.folder / "sample"
                 folder.mkdir(exist_ok=True)
                 path = folder / f"{self.name}_{step:06d}_{index:02d}_{sample.sampling.seed}.png"
@@ -394,6 +393,13 @@ class LoraRun:
         finally:
             remove_loras(self.dit)
             self.adapters.attach()
+            self._rest_autoencoder()
+
+    def _rest_autoencoder(self) -> None:
+        """Lets the autoencoder leave the device until it is used again, where there is no space beside the training."""
+        if self.base.takes_turns and self.autoencoder is not None:
+            self.autoencoder.to("cpu")
+            release(self.device)
 
     def _save_lora(self, stem: str, kind: str, number: int) -> None:
         """Writes the LoRA, and deletes those of its kind that are no longer to be kept."""
@@ -426,6 +432,7 @@ class LoraRun:
         folder.mkdir(parents=True, exist_ok=True)
         counts = {
             "description": self.description,
+            "base_precision": self.base.plan.dit.precision,
             "average_loss": self.average_loss.value,
             "num_bad_in_a_row": self.num_bad_in_a_row,
             "num_bad_steps": self.result.num_bad_steps,
@@ -454,20 +461,28 @@ class LoraRun:
         """Runs the batch that needs most memory once, so that too little of it shows before hours of training."""
         draws = largest_batch(self.dataset)
         group = [(draw, self.dataset.load(self.dataset.items[draw.item])) for draw in draws]
+        while not self._fits(group):
+            if self.dit.checkpointing != "none" and self.device.type != "cpu" and self.placed.lower():
+                continue
+            height, width = (side * 16 for side in group[0][1].latents.shape[-2:])
+            advice = "set gradient_checkpointing" if self.dit.checkpointing == "none" else "take a smaller resolution"
+            raise ValueError(
+                f"the largest batch does not fit into memory: {len(group)} x {width}x{height} px with "
+                f"{len(group[0][1].references)} references; {advice}, or a smaller batch_size or network_dim"
+            )
+
+    def _fits(self, group: Group) -> bool:
+        """Whether there is memory for a forward and backward pass."""
         try:
             with self._random_state(0):
                 self.scaler.scale(self._losses(group).sum()).backward()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            height, width = (side * 16 for side in group[0][1].latents.shape[-2:])
-            advice = "set gradient_checkpointing" if self.dit.checkpointing == "none" else "take a smaller resolution"
-            raise ValueError(
-                f"the largest batch does not fit into memory: {len(group)} x {width}x{height} px with "
-                f"{len(group[0][1].references)} references; {advice}, or a smaller batch_size or network_dim"
-            ) from error
+            return False
         finally:
             self.optimizer.zero_grad(set_to_none=True)
+        return True
 
     def _check_disk(self) -> None:
         """Refuses to start where the LoRA and its state would not fit on the disk."""
@@ -517,11 +532,6 @@ class LoraRun:
     @property
     def _is_main(self) -> bool:
         return self.processes.is_main
-
-    def _checkpointing(self) -> Any:
-        if self.config.checkpointing != "auto":
-            return self.config.checkpointing
-        return "none" if self.variant.name == "tiny" else "blocks"
 
     def _must_stop(self) -> bool:
         asked = self.should_stop is not None and self.should_stop()

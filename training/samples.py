@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from ..flux2_core.autoencoder import Flux2Autoencoder
+from ..flux2_core.autoencoder_memory import Tiling
 from ..flux2_core.dit import Flux2DiT
 from ..flux2_core.files import read_limited
 from ..flux2_core.images import load_image
@@ -127,8 +129,13 @@ def make_sample(
     variant: Variant,
     autoencoder: Flux2Autoencoder,
     should_stop: Callable[[], bool] | None = None,
+    *,
+    tiling: Tiling = "whole",
 ) -> Image.Image:
     """The picture of a prompt with the LoRAs that are live on the DiT.
+
+    Args:
+        tiling: how it is decoded.
 
     Raises:
         Stopped: `should_stop` answered True.
@@ -142,7 +149,8 @@ def make_sample(
         references=sample.references,
         should_stop=should_stop,
     )
-    return decode_latents(autoencoder, latents)[0]
+    store = torch.device("cpu") if tiling == "host" else None
+    return decode_latents(autoencoder, latents, tiled=tiling != "whole", store=store)[0]
 
 
 def sample_record(

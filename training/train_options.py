@@ -14,6 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
+from ..flux2_core.memory_options import choose_precision
 from .config import TrainConfig
 
 
@@ -39,6 +40,12 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("ema_decay", "ema_decay", "save and sample a moving average of the LoRA, such as 0.999"),
         Option("max_bad_steps", "max_bad_steps", "give up after so many steps in a row without a finite loss"),
         Option("preflight", "preflight", "try the largest batch first"),
+    ),
+    "memory": (
+        Option("precision", "base_precision", "of frozen blocks; default: auto, fp8 where plain weights do not fit"),
+        Option("vram_budget", "vram_budget_gib", "GiB of the device to use; default: what is free"),
+        Option("blocks_to_swap", "num_streamed_blocks", "stream so many blocks; default: as few as fit"),
+        Option("text_encoder_precision", "text_encoder_precision", "for sample pictures; default: as in the file"),
     ),
     "LoRA": (
         Option("network_dim", "adapter.rank", "rank"),
@@ -159,6 +166,9 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     flag = argparse.BooleanOptionalAction
     group.add_argument("--gradient_checkpointing", action=flag, help="default: on, for tiny off")
     group.add_argument("--gradient_checkpointing_cpu_offload", action=flag, help="and keep the rest in host memory")
+    group.add_argument("--fp8_base", action="store_true", default=None, help="the same as --precision fp8")
+    group.add_argument("--fp8_scaled", action="store_true", default=None, help=argparse.SUPPRESS)
+    group.add_argument("--fp8_text_encoder", action="store_true", default=None, help=argparse.SUPPRESS)
     for title, options in GROUPS.items():
         group = parser.add_argument_group(title)
         for option in options:
@@ -189,7 +199,7 @@ def train_config(values: Mapping[str, Any]) -> TrainConfig:
             option = OPTIONS[name]
             checked = _convert(name, value, _kind(option.setting))
             settings[option.setting] = checked * option.scale if option.scale is not None else checked
-    settings |= _network_settings(values)
+    settings |= _network_settings(values) | _precisions(values)
     checkpointing = _checkpointing(values)
     if checkpointing is not None:
         settings["checkpointing"] = checkpointing
@@ -224,6 +234,19 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _precisions(values: Mapping[str, Any]) -> dict[str, Any]:
+    """musubi-tuner's options for fp8; fp8_scaled goes with fp8_base there, and alone means the same here."""
+    settings: dict[str, Any] = {}
+    for name, setting, flags in (
+        ("precision", "base_precision", ("fp8_base", "fp8_scaled")),
+        ("text_encoder_precision", "text_encoder_precision", ("fp8_text_encoder",)),
+    ):
+        chosen = choose_precision(name, values.get(name), **{flag: values.get(flag) for flag in flags})
+        if any(values.get(flag) for flag in flags):
+            settings[setting] = chosen
+    return settings
 
 
 def _checkpointing(values: Mapping[str, Any]) -> str | None:
