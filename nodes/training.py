@@ -61,7 +61,10 @@ OWN_OPTIONS = {
     **dict.fromkeys(("config_file", "models_dir", "device", "show_timesteps"), "it belongs to `flux2 train`"),
 }
 """Options that the TOML may not set, and what to do instead."""
-OTHER_OPTIONS = ("network_module", "network_args", "gradient_checkpointing", "gradient_checkpointing_cpu_offload")
+OTHER_OPTIONS = (
+    "network_module", "network_args", "gradient_checkpointing", "gradient_checkpointing_cpu_offload", "fp8_base",
+    "fp8_scaled", "fp8_text_encoder",
+)  # fmt: skip
 """That stand for several settings each."""
 MAX_STEPS = 10_000_000
 MAX_RANK = 4096
