@@ -535,7 +535,8 @@ def _refusal(request: MemoryRequest, budget: int | None, host: int | None) -> st
             "be streamed from this file: write a file that holds them with `flux2 quantize`, leave the precision at "
             "auto, or raise the budget of the device"
         )
-    needed = in_words(-(-least.peak_bytes // (GIB // 100)) * (GIB // 100))  # rounded up
+    unit = GIB // 10 if least.peak_bytes >= GIB // 10 else 2**20 // 10
+    needed = in_words((least.peak_bytes // unit + 1) * unit)  # rounded up
     work = f"training with rank {request.rank}" if request.rank is not None else "making pictures"
     return (
         f"{work} with {what} does not fit into {in_words(budget)}: the least that works is {needed} "
