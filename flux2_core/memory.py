@@ -217,6 +217,21 @@ def plan_memory(request: MemoryRequest, budget_bytes: int | None, host_bytes: in
     raise ValueError(_refusal(request, budget_bytes, host_bytes))
 
 
+def plan_text_encoder(request: MemoryRequest, budget_bytes: int | None, host_bytes: int | None = None) -> NetworkPlan:
+    """The text encoder alone, of a request that uses it; as `plan_memory`."""
+    stages = _Stages(replace(request, rank=None), "bf16", None)
+    try:
+        plan = stages.plan_text_encoder(budget_bytes, host_bytes)
+    except DoesNotFit:
+        there = "any amount" if budget_bytes is None else in_words(budget_bytes)
+        raise ValueError(
+            f"the text encoder of {request.variant.name} does not fit into {there} of the device's memory; free some, "
+            "raise the budget, or choose a smaller precision"
+        ) from None
+    assert plan is not None, "the request uses it"
+    return plan
+
+
 def describe(plan: MemoryPlan) -> str:
     """One line, such as "fp8, 21 of 32 blocks resident, about 9.8 GiB"."""
     dit, text_encoder = plan.dit, plan.text_encoder
@@ -338,7 +353,7 @@ class _Stages:
         request = self.request
         try:
             # 1. Everything at once, where nothing else was asked for.
-            text_encoder = self._text_encoder(None, None)
+            text_encoder = self.plan_text_encoder(None, None)
             if not request.needs.num_streamed and not from_disk:
                 whole = _place(self.weights, self.precision, self.weights.total)
                 plan = self._together(whole, text_encoder, budget)
@@ -348,7 +363,7 @@ class _Stages:
             room = None if budget is None else budget - self.activations
             dit = self._dit(room, host, only_resident=only_resident, from_disk=from_disk)
             left = None if host is None else host - dit.host_bytes
-            return self._in_turns(dit, self._text_encoder(budget, left), budget, left)
+            return self._in_turns(dit, self.plan_text_encoder(budget, left), budget, left)
         except DoesNotFit:
             return None
 
@@ -423,7 +438,8 @@ class _Stages:
                 return plan
         raise DoesNotFit
 
-    def _text_encoder(self, budget: int | None, host: int | None) -> NetworkPlan | None:
+    def plan_text_encoder(self, budget: int | None, host: int | None) -> NetworkPlan | None:
+        """How it is kept while it works; None where it is not used."""
         if not self.request.uses_text_encoder:
             return None
         for precision in _text_encoder_precisions(self.request):

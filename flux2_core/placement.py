@@ -35,13 +35,14 @@ from .memory import (
     plan_memory,
     weight_format,
 )
-from .pipeline import Flux2Pipeline, ModelFiles, SamplingConfig
+from .pipeline import Flux2Pipeline, ModelFiles, SamplingConfig, fit_references
+from .reference_store import ReferenceStore
 from .sampling import StepCallback
 from .state_dict import COMFYUI_DIT_PREFIX
 from .streaming import BlockStreamer, stream_dit, stream_text_encoder
 from .tensor_source import TensorSource
 from .text_encoder import TextEncoder, load_text_encoder
-from .variants import TextEncoderConfig, Variant
+from .variants import VARIANTS, TextEncoderConfig, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,25 @@ class PlacedDiT:
         )
         return True
 
+    def run(self, work: Callable[[], Result]) -> Result:
+        """Does some work with the DiT, with fewer of its blocks on the device where that runs out of memory."""
+        return retry(work, iter(self.lower, False), self.device) if self.device.type != "cpu" else work()
+
+
+def retry(work: Callable[[], Result], lower: Iterator[bool], device: torch.device) -> Result:
+    """Does some work, up to twice more after it ran out of memory, each time after one more step of ``lower``."""
+    for _ in range(NUM_RETRIES):
+        try:
+            return work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside of the handler, where the error no longer holds the tensors of what failed.
+        release(device)
+        if not next(lower, False):
+            break
+    return work()
+
 
 def release(device: torch.device) -> None:
     """Gives freed memory back to the device."""
@@ -118,6 +138,14 @@ def text_encoder_facts(path: Path) -> FileFacts:
     stored = source.dtype(name) if name is not None else None
     plain = NAMES.get(stored, "bf16")
     return FileFacts(precision=plain if stored in NAMES else "fp8", plain=plain, can_stream=stored in NAMES)
+
+
+def text_encoder_variant(path: Path) -> Variant | None:
+    """A variant whose text encoder has the width of this one, by the header of the file."""
+    source = TensorSource(path, component="text_encoder")
+    name = next((name for name in source.names if name.endswith("embed_tokens.weight")), None)
+    width = source.table[name].shape[-1] if name is not None else None
+    return next((variant for variant in VARIANTS.values() if variant.text_encoder.hidden_size == width), None)
 
 
 def autoencoder_precision(path: Path) -> PlainPrecision:
@@ -282,6 +310,8 @@ class PlacedPipeline(Flux2Pipeline):
         self._tokenizer, self._loras = tokenizer, tuple(loras)
         self._takes_turns, self._dit_stays = plan.takes_turns, plan.dit_stays
         self._tiling: Tiling = plan.tiling
+        # Not by network: one that was freed for another is loaded again from the same file.
+        self._known_references = ReferenceStore()
         self._networks: dict[Component, Any] = {}
         self._away: set[Component] = set()
         self._dit: PlacedDiT | None = None
@@ -323,15 +353,20 @@ class PlacedPipeline(Flux2Pipeline):
         tiled: bool = False,
         store: torch.device | None = None,
     ) -> list[Tensor]:
-        if not references:
-            return []
+        fitted = fit_references(references, self.variant.autoencoder, resize=resize)
+        known = self._known_references.get_all(fitted, tiled=self._strips(tiled, store)[0])
+        if known is not None:
+            return known  # the autoencoder need not even be there
 
         def work() -> list[Tensor]:
             self._use("autoencoder")
             is_tiled, where = self._strips(tiled, store)
-            return Flux2Pipeline.encode_references(self, references, resize=resize, tiled=is_tiled, store=where)
+            return Flux2Pipeline.encode_references(self, fitted, resize=False, tiled=is_tiled, store=where)
 
         return self._retry(work, self._lower_autoencoder())
+
+    def known_references(self) -> ReferenceStore:
+        return self._known_references
 
     def sample(
         self,
@@ -340,6 +375,8 @@ class PlacedPipeline(Flux2Pipeline):
         *,
         negative_text: Tensor | None = None,
         references: Sequence[Tensor] = (),
+        initial: Tensor | None = None,
+        mask: Tensor | None = None,
         on_step: StepCallback | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Tensor:
@@ -351,6 +388,8 @@ class PlacedPipeline(Flux2Pipeline):
                 text,
                 negative_text=negative_text,
                 references=references,
+                initial=initial,
+                mask=mask,
                 on_step=on_step,
                 should_stop=should_stop,
             )
@@ -436,18 +475,7 @@ class PlacedPipeline(Flux2Pipeline):
         del self._networks[name]
 
     def _retry(self, work: Callable[[], Result], lower: Iterator[bool]) -> Result:
-        """Does the work, with less on the device where that runs out of memory."""
-        for _ in range(NUM_RETRIES if self.lowers else 0):
-            try:
-                return work()
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Outside of the handler, where the error no longer holds the tensors of what failed.
-            release(self.device)
-            if not next(lower, False):
-                break
-        return work()
+        return retry(work, lower, self.device) if self.lowers else work()
 
     def _others_leave(self) -> bool:
         """Networks take turns from now on, if they did not already."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..flux2_core.autoencoder import PIXELS_PER_LATENT, AutoencoderConfig, Flux2Autoencoder
 from ..flux2_core.images import MAX_ASPECT, MIN_SIDE, reference_size, tensor_to_images, to_rgb
 from ..flux2_core.pipeline import MAX_REFERENCES, SamplingConfig, check_num_references, encode_prompt, encode_references
+from ..flux2_core.reference_store import reference_store
 from ..flux2_core.text_encoder import TextEncoder
 from ..flux2_core.variants import TextEncoderConfig
 from . import host
@@ -50,8 +51,14 @@ class References:
 
     @cached_property
     def latents(self) -> list[Tensor]:
-        """Encoded when first asked for, then kept for the next run of the same graph."""
-        return encode_references(self.autoencoder, self.pictures, resize=self.resize, tiled=self.tiled)
+        """Encoded when first asked for; a picture that this autoencoder has encoded before is not encoded again."""
+        return encode_references(
+            self.autoencoder,
+            self.pictures,
+            resize=self.resize,
+            tiled=self.tiled,
+            known=reference_store(self.autoencoder),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,7 +142,7 @@ class EncodeReference:
                     "BOOLEAN",
                     {
                         "default": SamplingConfig.tile_autoencoder,
-                        "tooltip": "Encode in overlapping tiles: less memory for large pictures.",
+                        "tooltip": "Encode in strips: the same latents in less memory.",
                     },
                 ),
             },

@@ -7,18 +7,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 
 from ..flux2_core.autoencoder import Flux2Autoencoder
+from ..flux2_core.device_memory import available_host_bytes, device_budget
 from ..flux2_core.dit import Flux2DiT
 from ..flux2_core.lora import LoraSetting
+from ..flux2_core.memory import MemoryRequest, PlanPrecision, plan_memory, plan_text_encoder
 from ..flux2_core.text_encoder import TextEncoder
 from ..flux2_core.variants import VARIANTS, Variant
 from ..flux2_core.weights import WeightsComponent
 from . import host
+
+if TYPE_CHECKING:
+    from ..flux2_core.placement import PlacedDiT
 
 PRECISIONS: dict[str, torch.dtype | None] = {
     "default": None,
@@ -26,7 +32,25 @@ PRECISIONS: dict[str, torch.dtype | None] = {
     "fp16": torch.float16,
     "fp32": torch.float32,
 }
-PRECISION_TOOLTIP = "Precision of weights and computation. default: as in the file; 8-bit weights become bf16."
+"""Types of plain weights."""
+LOAD_PRECISIONS: dict[str, PlanPrecision] = {
+    "default": "auto",
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "fp32": "fp32",
+    "fp8": "fp8",
+    "nf4": "nf4",
+}
+DIT_PRECISION_TOOLTIP = (
+    "How the weights of the blocks are kept. default: as in the file where that fits, else fp8. What does not fit into the memory "
+    "of the GPU is streamed from host memory. nf4 is the smallest and the least exact."
+)
+TEXT_ENCODER_PRECISION_TOOLTIP = (
+    "How the weights of the layers are kept. default: as in the file; what does not fit into the memory of the GPU is "
+    "streamed from host memory, which takes little time, since a prompt is encoded once."
+)
+BUDGET_TOOLTIP = "Memory of the GPU that this network and its work may take, in GiB. 0: what is free when it is loaded."
+MAX_BUDGET = 1024.0
 
 Loaded = TypeVar("Loaded")
 
@@ -43,6 +67,12 @@ class LoadedDiT:
     variant: Variant
     loras: tuple[LoraSetting, ...] = ()
     """To be applied while this link's DiT runs."""
+    placed: PlacedDiT | None = None
+    """Where its blocks are."""
+
+    def run(self, work: Callable[[], Loaded]) -> Loaded:
+        """Does some work with the DiT; where memory runs out, fewer of its blocks stay on the device."""
+        return work() if self.placed is None else self.placed.run(work)
 
 
 class LoadDiT:
@@ -73,8 +103,9 @@ class LoadDiT:
                         "auto tells it from the file; name it where the file could be the base or the distilled model.",
                     },
                 ),
-                "precision": (list(PRECISIONS), {"default": "default", "tooltip": PRECISION_TOOLTIP}),
-            }
+                "precision": (list(LOAD_PRECISIONS), {"default": "default", "tooltip": DIT_PRECISION_TOOLTIP}),
+            },
+            "optional": {"vram_budget": budget_input()},
         }
 
     @classmethod
@@ -86,14 +117,9 @@ class LoadDiT:
         return _fingerprint("dit", dit_name)
 
     @classmethod
-    def load(cls, dit_name: str, variant: str, precision: str) -> tuple[LoadedDiT]:
-        from ..flux2_core.checkpoint import load_dit
-
-        def load(path: str, **settings: Any) -> LoadedDiT:
-            dit, found = load_dit(path, variant, **settings)
-            return LoadedDiT(dit=dit, variant=found)
-
-        return (_load_once("dit", dit_name, precision, load, variant),)
+    def load(cls, dit_name: str, variant: str, precision: str, vram_budget: float = 0.0) -> tuple[LoadedDiT]:
+        load = partial(_load_dit, variant=variant, precision=_precision(precision), vram_budget=vram_budget)
+        return (_load_once("dit", dit_name, load, variant, precision, vram_budget),)
 
 
 class LoadAutoencoder:
@@ -128,7 +154,7 @@ class LoadAutoencoder:
     def load(cls, ae_name: str) -> tuple[Flux2Autoencoder]:
         from ..flux2_core.checkpoint import load_autoencoder
 
-        return (_load_once("autoencoder", ae_name, "default", load_autoencoder),)
+        return (_load_once("autoencoder", ae_name, lambda path, device: load_autoencoder(path, device=device)),)
 
 
 class LoadTextEncoder:
@@ -151,8 +177,12 @@ class LoadTextEncoder:
                     host.model_names("text_encoder"),
                     {"tooltip": "File in models/text_encoders (of shards the first), or the bundled tiny one."},
                 ),
-                "precision": (list(PRECISIONS), {"default": "default", "tooltip": PRECISION_TOOLTIP}),
-            }
+                "precision": (
+                    list(LOAD_PRECISIONS),
+                    {"default": "default", "tooltip": TEXT_ENCODER_PRECISION_TOOLTIP},
+                ),
+            },
+            "optional": {"vram_budget": budget_input()},
         }
 
     @classmethod
@@ -164,29 +194,96 @@ class LoadTextEncoder:
         return _fingerprint("text_encoder", text_encoder_name)
 
     @classmethod
-    def load(cls, text_encoder_name: str, precision: str) -> tuple[TextEncoder]:
-        from ..flux2_core.text_encoder import load_text_encoder
-
-        load = partial(load_text_encoder, last_tokenizer_directories=host.tokenizer_directories())
-        return (_load_once("text_encoder", text_encoder_name, precision, load),)
+    def load(cls, text_encoder_name: str, precision: str, vram_budget: float = 0.0) -> tuple[TextEncoder]:
+        load = partial(_load_text_encoder, precision=_precision(precision), vram_budget=vram_budget)
+        return (_load_once("text_encoder", text_encoder_name, load, precision, vram_budget),)
 
 
-def _load_once(
-    component: WeightsComponent, name: str, precision: str, load: Callable[..., Loaded], *settings: object
-) -> Loaded:
+def budget_input() -> tuple[str, dict[str, Any]]:
+    """The widget for a budget of memory."""
+    return ("FLOAT", {"default": 0.0, "min": 0.0, "max": MAX_BUDGET, "step": 0.5, "tooltip": BUDGET_TOOLTIP})
+
+
+def _load_once(component: WeightsComponent, name: str, load: Callable[..., Loaded], *settings: object) -> Loaded:
     """Loads a combo entry's weights, unless they are in use already with these settings."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     path, device = host.model_path(component, name), host.device()
-    key = (component, host.fingerprint(path), precision, str(device), *settings)
+    key = (component, host.fingerprint(path), str(device), *settings)
     if (found := _in_use.get(key)) is not None:
         return found
     host.make_room(host.num_bytes(path))
     # ComfyUI runs nodes in inference mode; weights made there could never be trained on.
     with torch.inference_mode(False):
-        loaded = load(str(path), dtype=PRECISIONS[precision], device=device)
+        loaded = load(path, device)
     _in_use[key] = loaded
     return loaded
+
+
+def _load_dit(
+    path: Path, device: torch.device, *, variant: str, precision: PlanPrecision, vram_budget: float
+) -> LoadedDiT:
+    """A DiT, planned for pictures of its variant's default size."""
+    from ..flux2_core.detect import resolve_variant
+    from ..flux2_core.placement import dit_facts, log_plan, place_dit
+    from ..flux2_core.tensor_source import TensorSource
+
+    found = resolve_variant(TensorSource(path, component="dit"), variant)
+    request = MemoryRequest(
+        variant=found,
+        precision=precision,
+        dit_file=dit_facts(path, found),
+        uses_text_encoder=False,
+        uses_autoencoder=False,
+        device_type=device.type,
+    )
+    whole = plan_memory(request, None)
+    budget = device_budget(device, vram_budget or None)
+    if budget is not None and whole.peak_bytes > budget:
+        _stream_text_encoders(device)
+        budget = device_budget(device, vram_budget or None)
+    plan = plan_memory(request, budget, available_host_bytes())
+    log_plan(plan, request, device, vram_budget or None)
+    placed = place_dit(path, found, plan.dit, device, facts=request.dit_file)
+    return LoadedDiT(dit=placed.dit, variant=found, placed=placed)
+
+
+def _load_text_encoder(
+    path: Path, device: torch.device, *, precision: PlanPrecision, vram_budget: float
+) -> TextEncoder:
+    from ..flux2_core.placement import place_text_encoder, text_encoder_facts, text_encoder_variant
+    from ..flux2_core.text_encoder import load_text_encoder
+
+    variant, directories = text_encoder_variant(path), host.tokenizer_directories()
+    if variant is None:  # it is none of ours, which loading says in detail
+        return load_text_encoder(path, device=device, last_tokenizer_directories=directories)
+    facts = text_encoder_facts(path)
+    request = MemoryRequest(
+        variant=variant, text_encoder_precision=precision, text_encoder_file=facts, device_type=device.type
+    )
+    plan = plan_text_encoder(request, device_budget(device, vram_budget or None), available_host_bytes())
+    encoder, _ = place_text_encoder(
+        path, variant.text_encoder, plan, device, facts=facts, last_tokenizer_directories=directories
+    )
+    return encoder
+
+
+def _stream_text_encoders(device: torch.device) -> None:
+    """Lets text encoders that are in use leave the device as far as they can: they are streamed from now on."""
+    from ..flux2_core.streaming import BlockStreamer, stream_text_encoder
+
+    for encoder in [loaded for loaded in _in_use.values() if isinstance(loaded, TextEncoder)]:
+        model: Any = encoder.model
+        streamer = getattr(model.layers[0].forward, "streamer", None)
+        if not isinstance(streamer, BlockStreamer) and encoder.device == device:
+            streamer = stream_text_encoder(encoder, device)
+        if isinstance(streamer, BlockStreamer):
+            streamer.set_num_resident(0)
+    host.release_memory()
+
+
+def _precision(name: str) -> PlanPrecision:
+    if name not in LOAD_PRECISIONS:
+        raise ValueError(f"unknown precision {name!r}; known: {', '.join(LOAD_PRECISIONS)}")
+    return LOAD_PRECISIONS[name]
 
 
 def _validate(component: WeightsComponent, name: str | None) -> bool | str:

@@ -152,15 +152,18 @@ class Sample:
         sampling = sampling_config(settings, prompt.guidance).resolved(dit.variant)
         host.show_text(describe(sampling, dit.variant.name, len(dit.loras)), unique_id)
         with live_loras(dit):
-            samples = sample_latents(
-                dit.dit,
-                dit.variant,
-                sampling,
-                prompt.text,
-                negative_text=against.text if against is not None else None,
-                references=all_references(prompt.references, references),
-                on_step=show_steps(sampling.num_steps or 0, ae, unique_id),
-                should_stop=host.should_stop,
+            latents = all_references(prompt.references, references)
+            samples = dit.run(
+                lambda: sample_latents(
+                    dit.dit,
+                    dit.variant,
+                    sampling,
+                    prompt.text,
+                    negative_text=against.text if against is not None else None,
+                    references=latents,
+                    on_step=show_steps(sampling.num_steps or 0, ae, unique_id),
+                    should_stop=host.should_stop,
+                )
             )
         return ({"samples": samples.cpu()},)
 
@@ -184,7 +187,7 @@ class Decode:
                     "BOOLEAN",
                     {
                         "default": SamplingConfig.tile_autoencoder,
-                        "tooltip": "Decode in overlapping tiles: less memory for large pictures.",
+                        "tooltip": "Decode in strips: the same picture in less memory.",
                     },
                 ),
             }

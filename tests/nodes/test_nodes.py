@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -81,6 +82,41 @@ def test_weights_loaded_in_a_node_can_be_trained(nodes, host, random_tiny_files)
     assert not embeddings.is_inference()
     for module in (dit.dit, ae, text_encoder.model):
         assert not any(tensor.is_inference() for tensor in module.state_dict().values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp8", "nf4"])
+def test_a_small_budget_streams_blocks_and_changes_no_number(nodes, models, sample, precision):
+    if precision == "nf4":
+        pytest.importorskip("bitsandbytes")
+    load = nodes["Flux2KitLoadDiT"].load
+    (resident,) = load(TINY, "auto", precision)
+    least = error_budget(load, precision)
+    (streamed,) = load(TINY, "auto", precision, least)
+    assert resident.placed.streamer is None
+    assert streamed.placed.streamer.num_resident < len(streamed.dit.double_blocks) + len(streamed.dit.single_blocks)
+    assert torch.equal(sample(dit=streamed), sample(dit=resident))
+    assert (precision == "fp32") == torch.equal(sample(dit=resident), sample())
+
+
+def error_budget(load, precision: str) -> float:
+    """The least budget that works, in GiB, out of the refusal of a smaller one."""
+    with pytest.raises(ValueError) as error:
+        load(TINY, "auto", precision, 1e-4)
+    number, unit = re.search(r"([0-9.]+) ([MG]iB)", one_line(error).rpartition("least")[2]).groups()
+    return (float(number) + 0.1) / (1024 if unit == "MiB" else 1)
+
+
+def test_text_encoder_in_fp8_and_streamed(nodes):
+    load, encode = nodes["Flux2KitLoadTextEncoder"].load, nodes["Flux2KitEncodePrompt"].encode
+    plain, quantised, streamed = load(TINY, "default")[0], load(TINY, "fp8")[0], load(TINY, "default", 4e-4)[0]
+    assert streamed.model.layers[0].forward.streamer.num_resident == 0
+    expected = encode(plain, PROMPT)[0][0][0]
+    assert torch.equal(encode(streamed, PROMPT)[0][0][0], expected)
+    error = (encode(quantised, PROMPT)[0][0][0] - expected).norm() / expected.norm()
+    assert 0 < error < 0.1
+    with pytest.raises(ValueError, match="does not fit") as refusal:
+        load(TINY, "default", 1e-5)
+    one_line(refusal)
 
 
 def test_folders_of_comfyui(nodes, host, monkeypatch, tmp_path, random_tiny_files):

@@ -58,9 +58,9 @@ PROMPT_INPUTS = [
     ),
 ]
 INPUTS_AND_OUTPUTS = {
-    "Flux2KitLoadDiT": (["dit_name", "variant", "precision"], ["FLUX2_DIT"]),
+    "Flux2KitLoadDiT": (["dit_name", "variant", "precision", "vram_budget"], ["FLUX2_DIT"]),
     "Flux2KitLoadAE": (["ae_name"], ["FLUX2_AE"]),
-    "Flux2KitLoadTextEncoder": (["text_encoder_name", "precision"], ["FLUX2_TEXT_ENCODER"]),
+    "Flux2KitLoadTextEncoder": (["text_encoder_name", "precision", "vram_budget"], ["FLUX2_TEXT_ENCODER"]),
     "Flux2KitEncodePrompt": (["text_encoder", "prompt"], ["CONDITIONING"]),
     "Flux2KitEncodeReference": (["ae", "image", "resize", "tiling", "references"], ["FLUX2_REFERENCES"]),
     "Flux2KitSample": (
