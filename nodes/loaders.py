@@ -42,8 +42,8 @@ LOAD_PRECISIONS: dict[str, PlanPrecision] = {
     "nf4": "nf4",
 }
 DIT_PRECISION_TOOLTIP = (
-    "How the weights of the blocks are kept. default: as in the file where that fits, else fp8. What does not fit into the memory "
-    "of the GPU is streamed from host memory. nf4 is the smallest and the least exact."
+    "How the weights of the blocks are kept. default: as in the file where that fits, else fp8. What does not fit into "
+    "the memory of the GPU is streamed from host memory. nf4 is the smallest and the least exact."
 )
 TEXT_ENCODER_PRECISION_TOOLTIP = (
     "How the weights of the layers are kept. default: as in the file; what does not fit into the memory of the GPU is "
