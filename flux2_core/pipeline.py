@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .autoencoder import PIXELS_PER_LATENT, Flux2Autoencoder
+from .autoencoder import PIXELS_PER_LATENT, AutoencoderConfig, Flux2Autoencoder
 from .dit import Flux2DiT
 from .images import check_picture_side, fit_reference, image_to_tensor, tensor_to_images
 from .latents import MAX_SEED, seed_noise
+from .reference_store import ReferenceStore, reference_store
 from .sampling import StepCallback, denoise
 from .schedule import sigma_schedule
 from .text_encoder import TextEncoder
@@ -177,8 +178,14 @@ class Flux2Pipeline:
         tiled: bool = False,
         store: torch.device | None = None,
     ) -> list[Tensor]:
-        """Latents ``[1, 128, h_i, w_i]`` of each reference."""
-        return encode_references(self.autoencoder, references, resize=resize, tiled=tiled, store=store)
+        """Latents ``[1, 128, h_i, w_i]`` of each reference; a picture that was encoded before is not encoded again."""
+        return encode_references(
+            self.autoencoder, references, resize=resize, tiled=tiled, store=store, known=self.known_references()
+        )
+
+    def known_references(self) -> ReferenceStore:
+        """Latents of the references so far."""
+        return reference_store(self.autoencoder)
 
     def sample(
         self,
@@ -228,6 +235,7 @@ def encode_references(
     resize: bool = True,
     tiled: bool = False,
     store: torch.device | None = None,
+    known: ReferenceStore | None = None,
 ) -> list[Tensor]:
     """Pictures of any size and mode to latents ``[1, 128, h_i, w_i]``.
 
@@ -237,12 +245,32 @@ def encode_references(
         resize: False keeps their size but for the crop to multiples of 16.
         tiled: encode in strips, which takes less memory.
         store: where they are kept between layers; None: where the weights are.
+        known: latents of pictures of this autoencoder. What is found there is not encoded, what is not is added; all
+            are in host memory then, otherwise where the weights are.
+    """
+    latents: list[Tensor] = []
+    for picture in fit_references(references, autoencoder.config, resize=resize):
+        found = known.get(picture, tiled=tiled) if known is not None else None
+        if found is None:
+            image = image_to_tensor(picture)
+            found = autoencoder.encode_tiled(image, store=store) if tiled else autoencoder.encode(image)
+            found = known.put(picture, found, tiled=tiled) if known is not None else found
+        latents.append(found)
+    return latents
+
+
+def fit_references(
+    references: Sequence[Image.Image], config: AutoencoderConfig, *, resize: bool = True
+) -> list[Image.Image]:
+    """References as they are encoded: scaled down where there is need, and cropped.
+
+    Raises:
+        ValueError: there are too many, or one is too small or too long.
     """
     check_num_references(len(references))
-    single, several = autoencoder.config.reference_sides
+    single, several = config.reference_sides
     max_pixels = (single if len(references) == 1 else several) ** 2 if resize else None
-    fitted = [image_to_tensor(fit_reference(image, max_pixels)) for image in references]
-    return [autoencoder.encode_tiled(image, store=store) if tiled else autoencoder.encode(image) for image in fitted]
+    return [fit_reference(image, max_pixels) for image in references]
 
 
 def check_num_references(num_references: int) -> None:
