@@ -189,6 +189,18 @@ class FinalLayer(nn.Module):
         return self.linear(modulated_norm(x, shift, scale))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedInputs:
+    """What stays the same over the steps of one generation, see `Flux2DiT.prepare`."""
+
+    text: Tensor
+    """``[B, L, D]``, projected."""
+    rope: Tensor
+    """`attention.rope_table` of text, image and reference tokens."""
+    guidance: Tensor | None
+    """``[B, D]``, the embedding that is added to that of sigma; None for networks without."""
+
+
 class Flux2DiT(nn.Module):
     """Predicts the velocity ``noise - latents`` of every image token.
 
@@ -234,22 +246,47 @@ class Flux2DiT(nn.Module):
 
         Padding in the text is attended to like any token: the released weights were trained that way.
         """
+        return self.velocity(tokens, sigma, self.prepare(token_ids, text, text_ids, guidance))
+
+    def prepare(
+        self,
+        token_ids: Tensor,  # [N, 4]
+        text: Tensor,  # [B, L, context_dim]
+        text_ids: Tensor,  # [L, 4]
+        guidance: Tensor | None = None,  # [B]
+    ) -> PreparedInputs:
+        """Computes what all steps of a generation have in common; arguments as in `forward`.
+
+        It holds as long as weights and adapters stay what they are, and in training for one step.
+        """
         assert (guidance is not None) == self.config.has_guidance_embedder, (
             "guidance and the guidance embedder go together"
         )
-        dtype = tokens.dtype
-
-        vec = self.time_in(sinusoidal_embedding(sigma).to(dtype))
+        embedded = None
         if self.guidance_in is not None and guidance is not None:
-            vec = vec + self.guidance_in(sinusoidal_embedding(guidance).to(dtype))
+            embedded = self.guidance_in(sinusoidal_embedding(guidance).to(text.dtype))
+        ids = torch.cat((text_ids, token_ids), dim=0)
+        return PreparedInputs(
+            text=self.txt_in(text),
+            rope=rope_table(ids, self.config.rope_axes, self.config.rope_theta),
+            guidance=embedded,
+        )
+
+    def velocity(
+        self,
+        tokens: Tensor,  # [B, N, 128]
+        sigma: Tensor,  # [B]
+        prepared: PreparedInputs,
+    ) -> Tensor:
+        """Returns the velocity ``[B, N, 128]`` of one step; see `forward`."""
+        vec = self.time_in(sinusoidal_embedding(sigma).to(tokens.dtype))
+        if prepared.guidance is not None:
+            vec = vec + prepared.guidance
         img_modulation = self.double_stream_modulation_img(vec)
         txt_modulation = self.double_stream_modulation_txt(vec)
         (single_modulation,) = self.single_stream_modulation(vec)
 
-        img, txt = self.img_in(tokens), self.txt_in(text)
-        ids = torch.cat((text_ids, token_ids), dim=0)
-        rope = rope_table(ids, self.config.rope_axes, self.config.rope_theta)
-
+        img, txt, rope = self.img_in(tokens), prepared.text, prepared.rope
         run = block_runner(self.checkpointing)
         for block in self.double_blocks:
             img, txt = run(block, (img, txt), rope, img_modulation, txt_modulation)

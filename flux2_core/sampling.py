@@ -45,10 +45,12 @@ def denoise(
     guidance: float | None = None,
     cfg_scale: float = 1.0,
     negative_text: Tensor | None = None,
+    initial: Tensor | None = None,
+    mask: Tensor | None = None,
     on_step: StepCallback | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Tensor:
-    """Integrates ``d latents / d sigma = velocity`` from sigma 1 to 0 and returns clean latents, fp32.
+    """Integrates ``d latents / d sigma = velocity`` from the first sigma to 0 and returns clean latents, fp32.
 
     Args:
         dit: the network; activations run in its dtype on its device.
@@ -59,6 +61,9 @@ def denoise(
         guidance: embedded guidance, for networks with a guidance embedder.
         cfg_scale: classifier-free guidance ``negative + cfg_scale * (positive - negative)``; both run as one batch.
         negative_text: like `text`; required when `cfg_scale` is not 1.
+        initial: clean latents ``[B or 1, 128, h, w]`` to start from, ``sigma * noise + (1 - sigma) * initial``.
+        mask: ``[B or 1, 1, h, w]``, 1 where the picture is made anew and 0 where it stays `initial`; in between, both
+            are blended in every step, before and behind the network, as ComfyUI's samplers do.
         on_step: told after every step.
         should_stop: asked before every step; True raises `Stopped`.
     """
@@ -82,31 +87,47 @@ def denoise(
     num_rows = text.shape[0]
     ids, ids_of_text = ids.to(device), text_ids(text.shape[1]).to(device)
     guidance_vector = torch.full((num_rows,), guidance, device=device) if guidance is not None else None
+    prepared = dit.prepare(ids, text, ids_of_text, guidance_vector)
+    levels = sigmas.tolist()
+    level_vectors = torch.tensor(levels, dtype=torch.float32, device=device)[:, None].expand(-1, num_rows)
 
-    # 2. Euler steps; the state stays fp32 so that many small steps lose nothing.
-    state = latents_to_tokens(noise).to(device, torch.float32)
+    # 2. Euler steps; the state stays fp32 so that many small steps lose nothing. Nothing here waits for the device.
+    pure_noise = latents_to_tokens(noise).to(device, torch.float32)
+    known = None if initial is None else latents_to_tokens(initial).to(device, torch.float32)
+    free = None if mask is None else latents_to_tokens(mask).to(device, torch.float32)
+    state = pure_noise if known is None else add_noise(known, pure_noise, levels[0])
     num_image_tokens = state.shape[1]
-    num_steps = len(sigmas) - 1
+    num_steps = len(levels) - 1
     for step in range(num_steps):
         if should_stop is not None and should_stop():
             raise Stopped(f"stopped after {step} of {num_steps} steps")
-        sigma, next_sigma = sigmas[step].item(), sigmas[step + 1].item()
-        tokens = state.to(dtype)
+        sigma, next_sigma = levels[step], levels[step + 1]
+        noisy = state
+        if known is not None and free is not None:
+            noisy = free * state + (1 - free) * add_noise(known, pure_noise, sigma)
+        tokens = noisy.to(dtype)
         if use_cfg:
             tokens = torch.cat((tokens, tokens))
         if extra_tokens is not None:
             tokens = torch.cat((tokens, extra_tokens), dim=1)
-        sigma_vector = torch.full((num_rows,), sigma, device=device)
-        velocity = dit(tokens, ids, text, ids_of_text, sigma_vector, guidance_vector)
-        velocity = velocity[:, :num_image_tokens].float()
+        velocity = dit.velocity(tokens, level_vectors[step], prepared)[:, :num_image_tokens].float()
         if use_cfg:
             negative, positive = velocity.chunk(2)
             velocity = negative + cfg_scale * (positive - negative)
-        state, before = state + (next_sigma - sigma) * velocity, state
+        clean = noisy - sigma * velocity
+        if known is not None and free is not None:
+            clean = free * clean + (1 - free) * known
+            velocity = (state - clean) / sigma
+        state = state + (next_sigma - sigma) * velocity
         if on_step is not None:
             latents = tokens_to_latents(state, height, width)
-            denoised = tokens_to_latents(before - sigma * velocity, height, width)
+            denoised = tokens_to_latents(clean, height, width)
             on_step(
                 DenoiseStep(index=step + 1, num_steps=num_steps, sigma=next_sigma, latents=latents, denoised=denoised)
             )
     return tokens_to_latents(state, height, width)
+
+
+def add_noise(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """Latents at a noise level, 0 for clean ones and 1 for pure noise."""
+    return sigma * noise + (1 - sigma) * clean

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from flux2_kit.flux2_core import dit as dit_module
 from flux2_kit.flux2_core.dit import DiTConfig, Flux2DiT
 from flux2_kit.flux2_core.latents import (
     image_ids,
@@ -158,3 +159,13 @@ def test_a_bf16_network_keeps_fp32_latents():
     assert latents.dtype == torch.float32
     exact = denoise(build_dit(), NOISE, TEXT, SIGMAS)
     assert (latents - exact).norm() < 0.1 * exact.norm()
+
+
+def test_what_all_steps_have_in_common_is_computed_once(monkeypatch):
+    dit, calls = build_dit(has_guidance_embedder=True), []
+    for name in ("txt_in", "guidance_in", "time_in"):
+        getattr(dit, name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    table = dit_module.rope_table
+    monkeypatch.setattr(dit_module, "rope_table", lambda *args: (calls.append("rope"), table(*args))[1])
+    denoise(dit, NOISE, TEXT, SIGMAS, guidance=4.0)
+    assert sorted(calls) == ["guidance_in", "rope", *4 * ["time_in"], "txt_in"]
