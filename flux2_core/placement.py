@@ -361,7 +361,7 @@ class PlacedPipeline(Flux2Pipeline):
         def work() -> list[Tensor]:
             self._use("autoencoder")
             is_tiled, where = self._strips(tiled, store)
-            return Flux2Pipeline.encode_references(self, fitted, resize=False, tiled=is_tiled, store=where)
+            return Flux2Pipeline.encode_references(self, references, resize=resize, tiled=is_tiled, store=where)
 
         return self._retry(work, self._lower_autoencoder())
 
