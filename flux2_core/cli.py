@@ -179,6 +179,17 @@ def _add_request_options(parser: argparse.ArgumentParser) -> None:
         help="1 to 10 references: image 1, image 2, ... in prompts",
     )
     group.add_argument("--no_resize_control", action="store_true", help="only crop references to 16, keep them large")
+    group.add_argument(
+        "--image_path",
+        metavar="PICTURE",
+        help="start from this picture instead of pure noise; a size that is left open follows it",
+    )
+    group.add_argument(
+        "--strength",
+        type=float,
+        metavar="S",
+        help="with --image_path: how much of it is made anew, 0.01 to 1; --infer_steps are the steps that are run",
+    )
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:

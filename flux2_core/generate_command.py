@@ -56,8 +56,8 @@ MAX_KEPT_EMBEDDINGS = 32
 """Text embeddings kept for prompts that come again; one of dev takes 15 MB."""
 NOT_FOR_LATENTS = (
     "negative_prompt", "control_image_path", "no_resize_control", "image_size", "infer_steps", "guidance_scale",
-    "embedded_cfg_scale", "flow_shift", "seed", "num_images", "lora_weight", "lora_multiplier", "include_patterns",
-    "exclude_patterns", "allow_unmatched", "save_merged_model",
+    "embedded_cfg_scale", "flow_shift", "seed", "num_images", "image_path", "strength", "lora_weight",
+    "lora_multiplier", "include_patterns", "exclude_patterns", "allow_unmatched", "save_merged_model",
 )  # fmt: skip
 """Options of sampling; latents that are only decoded were sampled already."""
 
@@ -72,6 +72,8 @@ class Job:
     sampling: SamplingConfig
     """Resolved: nothing is left to the variant."""
 
+    image_path: Path | None = None
+    """Picture to start from."""
 
 def run_generate(args: argparse.Namespace) -> int:
     """Carries out the options of `cli.build_parser`; 0 when every picture was written.
@@ -182,7 +184,13 @@ def make_job(args: argparse.Namespace, line: PromptLine, variant: Variant) -> Jo
         )
     paths = tuple(Path(path) for path in line.references or args.control_image_path or ())
     check_references(paths)
-    return Job(prompt=line.prompt, negative_prompt=negative_prompt or "", reference_paths=paths, sampling=sampling)
+    return Job(
+        prompt=line.prompt,
+        negative_prompt=negative_prompt or "",
+        reference_paths=paths,
+        image_path=Path(args.image_path) if args.image_path is not None else None,
+        sampling=sampling,
+    )
 
 
 def make_sampling(args: argparse.Namespace, line: PromptLine, variant: Variant) -> SamplingConfig:
@@ -200,7 +208,15 @@ def make_sampling(args: argparse.Namespace, line: PromptLine, variant: Variant) 
         "resize_references": not args.no_resize_control,
         "tile_autoencoder": args.vae_tiling,
     }
-    return SamplingConfig(**{name: value for name, value in given.items() if value is not None}).resolved(variant)
+    sampling = SamplingConfig(**{name: value for name, value in given.items() if value is not None})
+    if (args.image_path is None) != (args.strength is None):
+        raise ValueError(
+            "--image_path and --strength belong together: a picture to start from, and how much of it is made anew, "
+            "such as 0.6; give both or neither"
+        )
+    if args.image_path is not None:
+        sampling = sampling.sized_like(load_image(args.image_path).size, variant)
+    return sampling.resolved(variant)
 
 
 def check_references(paths: tuple[Path, ...]) -> None:
@@ -230,6 +246,7 @@ def memory_needs(args: argparse.Namespace, files: ModelFiles, jobs: Sequence[Job
         tile_autoencoder=args.vae_tiling,
         num_streamed=args.blocks_to_swap,
     )
+        "strength": args.strength,
 
 
 def find_variant(args: argparse.Namespace) -> Variant:
@@ -322,7 +339,7 @@ class Session:
         text = self.embedding(job.prompt)
         negative = self.embedding(job.negative_prompt) if use_cfg else None
 
-        # 2. References to latents.
+        # 2. References and the picture to start from to latents.
         references = pipeline.encode_references(
             [load_image(path) for path in job.reference_paths],
             resize=sampling.resize_references,
@@ -362,6 +379,7 @@ class Session:
         """What the files say about how they were made."""
         return make_record(
             job.sampling,
+        initial = pipeline.encode_initial(load_image(job.image_path), sampling) if job.image_path else None
             self.files.variant,
             prompt=job.prompt,
             negative_prompt=job.negative_prompt,
@@ -370,6 +388,7 @@ class Session:
             autoencoder=self.files.autoencoder,
             text_encoder=self.files.text_encoder,
             loras=((setting.lora.name, setting.strength) for setting in self.loras),
+                initial=initial,
             lora_include=self.args.include_patterns or (),
             lora_exclude=self.args.exclude_patterns or (),
         )
@@ -400,6 +419,7 @@ def _typed_lines() -> Iterator[str]:
         print("One prompt a line, options behind it (--w --h --d --s --g --fs --n --ci). An empty line ends.")
     while True:
         try:
+            initial_image=job.image_path,
             line = input("> ") if is_terminal else sys.stdin.readline()
         except (EOFError, KeyboardInterrupt):
             return
@@ -507,6 +527,8 @@ def write_pictures(folder: Path, stem: str, images: list[Image.Image], record: G
     for index, image in enumerate(images):
         path = folder / (f"{stem}_{index}.png" if len(images) > 1 else f"{stem}.png")
         report(write_png(path, image, replace(record, image_index=index) if record is not None else None))
+    if sampling.strength != 1:
+        parts.append(f"strength {sampling.strength:g}")
 
 
 def report(path: Path) -> None:

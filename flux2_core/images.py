@@ -109,6 +109,22 @@ def fit_reference(image: Image.Image, max_pixels: int | None) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
+def initial_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
+    """The size (width, height) of what is made from a picture: its own in multiples of 16, of at most `max_pixels`.
+
+    Sides under 64 px become 64 px, whatever the aspect.
+    """
+    scale = min(1.0, math.sqrt(max_pixels / (width * height)))
+    sides = (int(side * scale + 1e-6) // PIXELS_PER_LATENT * PIXELS_PER_LATENT for side in (width, height))
+    width, height = (max(side, MIN_SIDE) for side in sides)
+    return width, height
+
+
+def fit_picture(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Scales a picture (LANCZOS) until it covers a size in pixels, and crops its centre to that size."""
+    return ImageOps.fit(to_rgb(image), (width, height), method=Image.Resampling.LANCZOS)
+
+
 def check_picture_side(name: str, side: int) -> None:
     """Refuses a width or height, in pixels, that the model cannot make.
 

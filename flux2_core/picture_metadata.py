@@ -50,6 +50,10 @@ class GenerationRecord:
     """None where the shift followed from size and steps."""
     references: tuple[str, ...] = ()
     resize_references: bool = True
+    initial_image: str | None = None
+    """What the picture was made from, by image to image."""
+    strength: float | None = None
+    """None where there was no initial image."""
     variant: str
     dit: str
     autoencoder: str
@@ -79,6 +83,7 @@ class GenerationRecord:
             "Size": f"{self.width}x{self.height}",
             "Model": self.variant,
             "LoRAs": " + ".join(f"{name} {strength:g}" for name, strength in self.loras) or None,
+            "Denoising strength": self.strength,
             "References": len(self.references) or None,
             "Version": f"FLUX.2 Kit {self.version}",
         }
@@ -111,6 +116,7 @@ def make_record(
     prompt: str,
     negative_prompt: str | None,
     references: Iterable[str | os.PathLike[str]] = (),
+    initial_image: Path | None = None,
     dit: Path,
     autoencoder: Path,
     text_encoder: Path,
@@ -133,6 +139,8 @@ def make_record(
         flow_shift=sampling.flow_shift,
         references=tuple(Path(path).name for path in references),
         resize_references=sampling.resize_references,
+        initial_image=initial_image.name if initial_image is not None else None,
+        strength=sampling.strength if initial_image is not None else None,
         variant=variant.name,
         dit=dit.name,
         autoencoder=autoencoder.name,

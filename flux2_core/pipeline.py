@@ -16,11 +16,18 @@ from torch import Tensor
 
 from .autoencoder import PIXELS_PER_LATENT, AutoencoderConfig, Flux2Autoencoder
 from .dit import Flux2DiT
-from .images import check_picture_side, fit_reference, image_to_tensor, tensor_to_images
+from .images import (
+    check_picture_side,
+    fit_picture,
+    fit_reference,
+    image_to_tensor,
+    initial_size,
+    tensor_to_images,
+)
 from .latents import MAX_SEED, seed_noise
 from .reference_store import ReferenceStore, reference_store
 from .sampling import StepCallback, denoise
-from .schedule import sigma_schedule
+from .schedule import check_strength, sigma_schedule
 from .text_encoder import TextEncoder
 from .variants import Variant, get_variant
 
@@ -57,6 +64,8 @@ class SamplingConfig:
     """Scale large references down by the rule of the reference implementation; otherwise only crop them to 16."""
     tile_autoencoder: bool = False
     """Encode and decode in strips: the same picture in less memory."""
+    strength: float = 1.0
+    """How much of an initial picture is made anew: the last part of the schedule, see `schedule.sigma_schedule`."""
 
     def __post_init__(self) -> None:
         if self.num_steps is not None and not 1 <= self.num_steps <= MAX_STEPS:
@@ -70,6 +79,7 @@ class SamplingConfig:
             raise ValueError(f"the seed is {self.seed}; it must lie in 0..{MAX_SEED}")
         if self.num_images < 1:
             raise ValueError(f"the number of images is {self.num_images}; it must be at least 1")
+        check_strength(self.strength)
         for name, side in (("width", self.width), ("height", self.height)):
             if side is not None:
                 check_picture_side(name, side)
@@ -94,6 +104,15 @@ class SamplingConfig:
             guidance=variant.guidance if self.guidance is None else self.guidance,
         )
 
+    def sized_like(self, size: tuple[int, int], variant: Variant) -> SamplingConfig:
+        """The same with each side that is open taken from a picture to start from.
+
+        Args:
+            size: of the picture (width, height); a larger one than the variant's default counts scaled down to it.
+        """
+        width, height = initial_size(*size, variant.default_size**2)
+        return replace(self, width=self.width or width, height=self.height or height)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
@@ -103,6 +122,8 @@ class GenerateRequest:
     negative_prompt: str = ""
     references: tuple[Image.Image, ...] = ()
     """Pictures of any size and mode; prompts call them image 1, image 2, ..."""
+    initial_image: Image.Image | None = None
+    """What to start from, as far as `SamplingConfig.strength` leaves it; a size that is open follows it."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
@@ -139,18 +160,24 @@ class Flux2Pipeline:
             ValueError: a request that this variant cannot carry out.
             Stopped: `should_stop` answered True.
         """
-        # 1. Settings: the variant fills what was left open.
-        sampling = request.sampling.resolved(self.variant)
+        # 1. Settings: the variant fills what was left open, an initial picture the size.
+        sampling = request.sampling
+        if request.initial_image is not None:
+            sampling = sampling.sized_like(request.initial_image.size, self.variant)
+        sampling = sampling.resolved(self.variant)
         assert sampling.width and sampling.height and sampling.num_steps and sampling.cfg_scale is not None
 
         # 2. Prompt and negative prompt to text embeddings.
         text = self.encode_prompt(request.prompt)
         negative = self.encode_prompt(request.negative_prompt) if sampling.cfg_scale != 1 else None
 
-        # 3. References to latents.
+        # 3. References and the initial picture to latents.
         references = self.encode_references(
             request.references, resize=sampling.resize_references, tiled=sampling.tile_autoencoder
         )
+        initial = None
+        if request.initial_image is not None:
+            initial = self.encode_initial(request.initial_image, sampling)
 
         # 4. Noise to latents.
         latents = self.sample(
@@ -158,6 +185,7 @@ class Flux2Pipeline:
             text,
             negative_text=negative,
             references=references,
+            initial=initial,
             on_step=on_step,
             should_stop=should_stop,
         )
@@ -183,6 +211,12 @@ class Flux2Pipeline:
             self.autoencoder, references, resize=resize, tiled=tiled, store=store, known=self.known_references()
         )
 
+    def encode_initial(self, image: Image.Image, sampling: SamplingConfig) -> Tensor:
+        """Latents ``[1, 128, H/16, W/16]`` of a picture to start from, brought to the size of resolved settings."""
+        assert sampling.width and sampling.height
+        fitted = fit_picture(image, sampling.width, sampling.height)
+        return self.encode_references([fitted], resize=False, tiled=sampling.tile_autoencoder)[0]
+
     def known_references(self) -> ReferenceStore:
         """Latents of the references so far."""
         return reference_store(self.autoencoder)
@@ -194,6 +228,8 @@ class Flux2Pipeline:
         *,
         negative_text: Tensor | None = None,
         references: Sequence[Tensor] = (),
+        initial: Tensor | None = None,
+        mask: Tensor | None = None,
         on_step: StepCallback | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Tensor:
@@ -205,6 +241,8 @@ class Flux2Pipeline:
             text,
             negative_text=negative_text,
             references=references,
+            initial=initial,
+            mask=mask,
             on_step=on_step,
             should_stop=should_stop,
         )
@@ -306,10 +344,17 @@ def sample_latents(
     negative_text: Tensor | None = None,
     references: Sequence[Tensor] = (),
     noise: Tensor | None = None,
+    initial: Tensor | None = None,
+    mask: Tensor | None = None,
     on_step: StepCallback | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Tensor:
-    """Runs the denoise loop from the noise of the seed and returns latents ``[num_images, 128, H/16, W/16]``, fp32."""
+    """Runs the denoise loop from the noise of the seed and returns latents ``[num_images, 128, H/16, W/16]``, fp32.
+
+    Args:
+        initial: latents of a picture to start from, one or one for each; required where the strength is below 1.
+        mask: which part of it is made anew, ``[1 or num_images, 1, H/16, W/16]`` in 0..1, see `sampling.denoise`.
+    """
     sampling = sampling.resolved(variant)
     assert sampling.width and sampling.height and sampling.num_steps and sampling.cfg_scale is not None
     check_num_references(len(references))
@@ -331,19 +376,47 @@ def sample_latents(
             )
     if noise is None:
         noise = seed_noise(sampling.seed, sampling.num_images, sampling.height, sampling.width)
+    check_initial(initial, mask, sampling, noise)
     num_tokens = (sampling.height // PIXELS_PER_LATENT) * (sampling.width // PIXELS_PER_LATENT)
     return denoise(
         dit,
         noise,
         text,
-        sigma_schedule(sampling.num_steps, num_tokens, sampling.flow_shift),
+        sigma_schedule(sampling.num_steps, num_tokens, sampling.flow_shift, strength=sampling.strength),
         references=references,
         guidance=sampling.guidance,
         cfg_scale=sampling.cfg_scale,
         negative_text=negative_text,
+        initial=initial,
+        mask=mask,
         on_step=on_step,
         should_stop=should_stop,
     )
+
+
+def check_initial(initial: Tensor | None, mask: Tensor | None, sampling: SamplingConfig, noise: Tensor) -> None:
+    """Refuses a strength or mask without a picture to start from, and pictures or masks of another size or number.
+
+    Raises:
+        ValueError: with what belongs together.
+    """
+    if initial is None:
+        if sampling.strength != 1 or mask is not None:
+            what = "a mask" if mask is not None else f"a strength (denoise) of {sampling.strength:g}"
+            raise ValueError(f"{what} was given without a picture to start from; give one, or leave it out")
+        return
+    for name, tensor, num_channels in (("the initial latents", initial, noise.shape[1]), ("the mask", mask, 1)):
+        if tensor is None:
+            continue
+        wanted = (num_channels, *noise.shape[2:])
+        if tensor.shape[1:] != wanted or tensor.shape[0] not in (1, noise.shape[0]):
+            raise ValueError(
+                f"{name} have shape {list(tensor.shape)}, and {noise.shape[0]} pictures of {sampling.width}x"
+                f"{sampling.height} px need [1 or {noise.shape[0]}, {', '.join(map(str, wanted))}]; bring them to that "
+                "size, or leave width and height open"
+            )
+    if mask is not None and not ((mask >= 0) & (mask <= 1)).all():
+        raise ValueError("the mask has values outside of 0..1; 1 makes anew, 0 keeps")
 
 
 def check_text(text: Tensor, variant: Variant, num_images: int) -> None:

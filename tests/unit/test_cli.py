@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flux2_kit.flux2_core import generate_command, pipeline
 from flux2_kit.flux2_core.cli import build_parser, main
-from flux2_kit.flux2_core.generate_command import MAX_KEPT_EMBEDDINGS, Session, free_stem
+from flux2_kit.flux2_core.file_stems import free_stem
+from flux2_kit.flux2_core.generate_command import MAX_KEPT_EMBEDDINGS, Session
 from flux2_kit.flux2_core.picture_metadata import GenerationRecord, kit_version, parse_record
 from flux2_kit.flux2_core.pipeline import SamplingConfig
 from flux2_kit.flux2_core.prompt_lines import PromptLine, parse_prompt_line, prompt_lines
@@ -130,6 +132,36 @@ def test_references(generate, tmp_path, monkeypatch):
     generate("--prompt", "x", "--control_image_path", str(paths[0]), "--no_resize_control")
     # The tiny model takes references of 64x64 px: 256x128 becomes 90x45 and is cropped to 80x32.
     assert shapes == [[(1, 128, 2, 5), (1, 128, 4, 4)], [(1, 128, 8, 16)]]
+
+
+def test_image_to_image(generate, tmp_path, capsys):
+    path = tmp_path / "start.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)).save(path)
+    start = ["--prompt", "x", "--seed", "1", "--image_path", str(path), "--strength"]
+    made = {}
+    for strength in (0.02, 0.5, 1.0):
+        code, (made[strength],) = generate(*start, str(strength), "--image_size", "64", "96", folder=str(strength))
+        assert code == 0
+        with Image.open(made[strength]) as image:
+            record = parse_record(image.info)
+        assert record is not None and (record.initial_image, record.strength) == ("start.png", strength)
+        assert f"Denoising strength: {strength}" in record.to_text()
+    generated = generate("--prompt", "x", "--seed", "1", "--image_size", "64", "96", folder="anew")[1][0]
+    assert pixels(made[0.02]) != pixels(made[0.5]) != pixels(made[1.0]) == pixels(generated)
+    assert "strength 0.5" in capsys.readouterr().err
+
+    # Without a size it is that of the picture, as far as the model's area goes: 64x64 px of the tiny one.
+    code, (file, *_) = generate(*start, "0.5", folder="open")
+    with Image.open(file) as image:
+        assert code == 0 and image.size == (64, 64)
+    for wrong in (["--image_path", str(path)], ["--strength", "0.5"], [*start[4:], "0"], [*start[4:], "1.5"]):
+        assert generate("--prompt", "x", *wrong, folder="wrong")[0] != 0
+        assert re.search(r"belong together|must lie in 0\.01\.\.1", capsys.readouterr().err)
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return image.convert("RGB").tobytes()
 
 
 def test_batch_is_bit_exactly_the_single_pictures(generate, tmp_path, monkeypatch):

@@ -9,8 +9,10 @@ from flux2_kit.flux2_core import images as images_module
 from flux2_kit.flux2_core.images import (
     MAX_FILE_PIXELS,
     check_picture_side,
+    fit_picture,
     fit_reference,
     image_to_tensor,
+    initial_size,
     load_image,
     reference_size,
     tensor_to_images,
@@ -245,3 +247,17 @@ def test_a_cut_png_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"cut\.png cannot be read as a picture"):
         load_image(path)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((100, 50), (96, 64)), ((2048, 1024), (1440, 720)), ((1024, 1024), (1024, 1024))]
+)
+def test_size_of_what_is_made_from_a_picture(size, expected):
+    assert initial_size(*size, 1024**2) == (expected[0], expected[1] // 16 * 16)
+
+
+def test_a_picture_to_start_from_covers_the_size():
+    picture = Image.new("RGB", (40, 20), "blue")
+    picture.paste("red", (0, 0, 10, 20))  # what does not fit is cut off at both sides
+    fitted = pixels(fit_picture(picture, 64, 64))
+    assert fitted.shape == (64, 64, 3) and (fitted[:, 12:] == (0, 0, 255)).all()

@@ -69,3 +69,20 @@ def test_fewer_than_one_step_is_refused(num_steps):
 def test_a_flow_shift_that_is_no_positive_number_is_refused(flow_shift):
     with pytest.raises(ValueError, match=r"flow_shift is .*; it must be a number above 0"):
         sigma_schedule(4, 1024, flow_shift=flow_shift)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "strength", "num_all"), [(10, 0.5, 20), (20, 0.6, 33), (4, 1.0, 4), (3, 0.01, 300)]
+)
+def test_strength_takes_the_last_steps_of_a_longer_schedule_of_the_same_shift(num_steps, strength, num_all):
+    shift = math.exp(empirical_mu(1024, num_steps))
+    whole = sigma_schedule(num_all, 1024, flow_shift=shift)
+    last = sigma_schedule(num_steps, 1024, strength=strength)
+    torch.testing.assert_close(last, whole[-num_steps - 1 :], rtol=1e-12, atol=0)
+    assert len(last) == num_steps + 1 and last[-1] == 0 and (last[0] == 1) == (strength == 1)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.009, 1.1, float("nan")])
+def test_strength_out_of_range_is_refused(strength):
+    with pytest.raises(ValueError, match=r"must lie in 0\.01\.\.1"):
+        sigma_schedule(4, 1024, strength=strength)
