@@ -8,7 +8,6 @@ import logging
 import secrets
 import sys
 import tempfile
-import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,9 +24,11 @@ from .checkpoint import load_autoencoder
 from .command_errors import describe_error, is_out_of_memory
 from .command_options import DTYPES, choose_device
 from .detect import resolve_variant
+from .file_stems import claim_stem
 from .files import write_safetensors
 from .images import load_image, reference_size
 from .latents import NUM_LATENT_CHANNELS
+from .launch import Launch, join_launch
 from .lora import LoraSetting
 from .lora_command import check_lora_options, read_lora_settings, save_merged
 from .memory import MemoryNeeds
@@ -78,11 +79,26 @@ class Job:
 def run_generate(args: argparse.Namespace) -> int:
     """Carries out the options of `cli.build_parser`; 0 when every picture was written.
 
+    Processes that were launched together share the lines of ``--from_file``.
+
     Raises:
         ValueError: something that was asked for cannot be done; nothing was written then.
     """
+    with join_launch() as launch:
+        return generate(args, launch)
+
+
+def generate(args: argparse.Namespace, launch: Launch) -> int:
+    """One process's part of `run_generate`; the exit code is that of all of them."""
     # 1. Everything that can be refused is refused before weights are loaded, which may take minutes.
-    device = choose_device(args.device)
+    if launch.count > 1 and not args.from_file:
+        raise ValueError(
+            f"{launch.count} processes were started, and they share the lines of a prompt file; give --from_file, or "
+            "start one process"
+        )
+    device = choose_device(launch.device_name(args.device))
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what is allocated without naming a device goes there too
     if args.latent_path:
         return decode_files(args, device)
     check_lora_options(args)
@@ -95,32 +111,40 @@ def run_generate(args: argparse.Namespace) -> int:
         text_encoder=args.text_encoder,
         models_dir=_folder_option(args.models_dir),
     )
-    jobs, num_failed = read_jobs(args, files.variant)
+    jobs, num_bad = read_jobs(args, files.variant, tells=launch.is_main)
     loras = read_lora_settings(args, files.variant.dit)
     folder = prepare_folder(args.save_path)
     if not jobs and not args.interactive:
         return 1
 
-    # 2. Networks, once for all pictures.
-    pipeline = load_pipeline(
-        files.variant.name,
-        dit=files.dit,
-        autoencoder=files.autoencoder,
-        text_encoder=files.text_encoder,
-        tokenizer=args.tokenizer,
-        dtype=DTYPES[args.dtype] if args.dtype else None,
-        device=device,
-        **read_memory_options(args),
-        needs=memory_needs(args, files, [job for _, job in jobs]),
-        loras=loras,
-    )
-    session = Session(pipeline=pipeline, files=files, folder=folder, args=args, loras=loras)
+    # 2. Networks, once for all pictures; what they need is that of all, so that every process loads the same.
+    share = launch.share(jobs)
+    num_failed = num_bad if launch.is_main else 0
+    if share or args.interactive:
+        pipeline = load_pipeline(
+            files.variant.name,
+            dit=files.dit,
+            autoencoder=files.autoencoder,
+            text_encoder=files.text_encoder,
+            tokenizer=args.tokenizer,
+            dtype=DTYPES[args.dtype] if args.dtype else None,
+            device=device,
+            **read_memory_options(args),
+            needs=memory_needs(args, files, [job for _, job in jobs]),
+            loras=loras,
+        )
+        session = Session(pipeline=pipeline, files=files, folder=folder, args=args, loras=loras, is_main=launch.is_main)
 
-    # 3. Pictures.
-    if args.interactive:
-        num_failed = run_interactive(session)
-    for place, job in jobs:
-        num_failed += not session.attempt(job, place)
+        # 3. Pictures.
+        if args.interactive:
+            num_failed = run_interactive(session)
+        for place, job in share:
+            num_failed += not session.attempt(job, place)
+
+    num_failed = launch.total(num_failed)
+    if launch.is_main and launch.count > 1:
+        num_lines = len(jobs) + num_bad
+        logger.info("%d of %d lines done by %d processes", num_lines - num_failed, num_lines, launch.count)
     return 1 if num_failed else 0
 
 
@@ -138,8 +162,12 @@ def save_merged_model(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_jobs(args: argparse.Namespace, variant: Variant) -> tuple[list[tuple[str, Job]], int]:
-    """The jobs of ``--prompt`` or ``--from_file`` with their places for messages, and the number of bad lines."""
+def read_jobs(args: argparse.Namespace, variant: Variant, *, tells: bool = True) -> tuple[list[tuple[str, Job]], int]:
+    """The jobs of ``--prompt`` or ``--from_file`` with their places for messages, and the number of bad lines.
+
+    Args:
+        tells: whether bad lines are reported here.
+    """
     make_sampling(args, PromptLine(prompt=""), variant)  # the options hold for every line: refused once, not by line
     if args.interactive:
         return [], 0
@@ -164,7 +192,8 @@ def read_jobs(args: argparse.Namespace, variant: Variant) -> tuple[list[tuple[st
         try:
             jobs.append((f"{path}:{number}: ", make_job(args, parse_prompt_line(text), variant)))
         except ValueError as error:
-            logger.error("%s:%d: %s", path, number, describe_error(error))
+            if tells:
+                logger.error("%s:%d: %s", path, number, describe_error(error))
             num_bad += 1
     return jobs, num_bad
 
@@ -298,6 +327,7 @@ class Session:
         folder: Path,
         args: argparse.Namespace,
         loras: Sequence[LoraSetting] = (),
+        is_main: bool = True,
     ) -> None:
         self.pipeline = pipeline
         self.loras = loras
@@ -305,6 +335,8 @@ class Session:
         self.files = files
         self.folder = folder
         self.args = args
+        self.is_main = is_main
+        """Of several processes, one shows its progress."""
         self.has_warned = False
         self.embeddings: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -347,7 +379,7 @@ class Session:
         )
 
         # 3. Noise to latents.
-        with progress_bar(sampling.num_steps or 0) as bar:
+        with progress_bar(sampling.num_steps or 0, is_shown=self.is_main) as bar:
             latents = pipeline.sample(
                 sampling,
                 text,
@@ -358,13 +390,13 @@ class Session:
 
         # 4. Latents to files.
         record = self.record(job)
-        stem = free_stem(self.folder, str(sampling.seed))
-        if self.args.output_type != "images":
-            metadata = {} if self.args.no_metadata else record.latent_metadata()
-            report(write_safetensors(self.folder / f"{stem}_latent.safetensors", {"latent": latents}, metadata))
-        if self.args.output_type != "latent":
-            images = pipeline.decode(latents, tiled=sampling.tile_autoencoder)
-            write_pictures(self.folder, stem, images, None if self.args.no_metadata else record)
+        with claim_stem(self.folder, str(sampling.seed)) as stem:
+            if self.args.output_type != "images":
+                metadata = {} if self.args.no_metadata else record.latent_metadata()
+                report(write_safetensors(self.folder / f"{stem}_latent.safetensors", {"latent": latents}, metadata))
+            if self.args.output_type != "latent":
+                images = pipeline.decode(latents, tiled=sampling.tile_autoencoder)
+                write_pictures(self.folder, stem, images, None if self.args.no_metadata else record)
 
     def embedding(self, prompt: str) -> Tensor:
         """The text embedding of a prompt, kept for the next time."""
@@ -449,9 +481,9 @@ def decode_files(args: argparse.Namespace, device: torch.device) -> int:
         if weights not in loaded:
             loaded = {weights: load_autoencoder(weights, device=device)}  # one at a time
         images = decode_latents(loaded[weights], latents, tiled=args.vae_tiling)
-        stem = free_stem(folder, str(record.seed) if record else path.stem.removesuffix("_latent"))
         kept = replace(record, autoencoder=weights.name) if record and not args.no_metadata else None
-        write_pictures(folder, stem, images, kept)
+        with claim_stem(folder, str(record.seed) if record else path.stem.removesuffix("_latent")) as stem:
+            write_pictures(folder, stem, images, kept)
     return 0
 
 
@@ -500,26 +532,16 @@ def describe_job(variant: Variant, sampling: SamplingConfig) -> str:
 
 
 @contextlib.contextmanager
-def progress_bar(num_steps: int) -> Iterator[tqdm]:
+def progress_bar(num_steps: int, *, is_shown: bool = True) -> Iterator[tqdm]:
     """A bar over the steps on stderr, where that is a terminal."""
-    with tqdm(total=num_steps, unit="step", disable=None, leave=False, file=sys.stderr) as bar:
+    disable = None if is_shown else True  # None leaves it to tqdm to look
+    with tqdm(total=num_steps, unit="step", disable=disable, leave=False, file=sys.stderr) as bar:
         yield bar
 
 
 def show_step(bar: tqdm, step: DenoiseStep) -> None:
     """Moves the bar to a finished step."""
     bar.update(step.index - bar.n)
-
-
-def free_stem(folder: Path, name: str) -> str:
-    """``{timestamp}_{name}``, the timestamp numbered where files of this second and name are there already."""
-    timestamp = time.strftime("%Y%m%d-%H%M%S")
-    number, stem = 1, f"{timestamp}_{name}"
-    taken = {path.name for path in folder.iterdir() if path.name.startswith(timestamp)}
-    while any(other.startswith((f"{stem}.", f"{stem}_")) for other in taken):
-        number += 1
-        stem = f"{timestamp}-{number}_{name}"
-    return stem
 
 
 def write_pictures(folder: Path, stem: str, images: list[Image.Image], record: GenerationRecord | None) -> None:

@@ -1,0 +1,97 @@
+"""The processes that ``accelerate launch`` or ``torchrun`` started to share a command's work: which one this is.
+
+Both tell it by environment variables (https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables).
+Both also stop all processes as soon as one has ended with an error, so a share that failed waits for the others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+
+LONGEST_WAIT = timedelta(days=30)
+"""A process may be done long before another one; one that was killed is noticed at once."""
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One process among those that were started together; by default it is alone."""
+
+    index: int = 0
+    count: int = 1
+    local_index: int = 0
+    """Among those of this machine."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one speaks for all."""
+        return self.index == 0
+
+    def share(self, items: Sequence[Item]) -> list[Item]:
+        """What this process does of the work: every ``count``-th item, so that neighbours are done at a time."""
+        return list(items[self.index :: self.count])
+
+    def device_name(self, name: str | None) -> str | None:
+        """The device to use where ``name`` was asked for: a GPU of its own, unless one is named by its number.
+
+        Raises:
+            ValueError: there are more processes than GPUs.
+        """
+        if self.count == 1 or name not in (None, "cuda") or not torch.cuda.is_available():
+            return name
+        num_gpus = torch.cuda.device_count()
+        if self.local_index >= num_gpus:
+            raise ValueError(
+                f"process {self.local_index + 1} on this machine has no GPU of its own, there are {num_gpus}; start "
+                "at most as many (--num_processes), or name one GPU for all (--device cuda:0)"
+            )
+        return f"cuda:{self.local_index}"
+
+    def total(self, number: int) -> int:
+        """The sum of all processes' numbers; waits for all of them."""
+        if self.count == 1:
+            return number
+        sum_ = torch.tensor(number)
+        torch.distributed.all_reduce(sum_)
+        return int(sum_)
+
+
+@contextmanager
+def join_launch(environment: Mapping[str, str] = os.environ) -> Iterator[Launch]:
+    """This process's place among those of its launch; joins them over gloo where there are several.
+
+    Raises:
+        ValueError: the environment tells of several processes, but not which one this is or how to reach them.
+    """
+    try:
+        launch = Launch(
+            index=int(environment.get("RANK", "0")),
+            count=int(environment.get("WORLD_SIZE", "1")),
+            local_index=int(environment.get("LOCAL_RANK", "0")),
+        )
+    except ValueError as error:
+        raise ValueError(f"{', '.join(VARIABLES[:3])} must be whole numbers ({error}); unset them") from None
+    if launch.count <= 1:
+        yield Launch()
+        return
+    missing = [name for name in VARIABLES if name not in environment]
+    if missing or not 0 <= launch.index < launch.count or launch.local_index < 0:
+        problem = f"{missing[0]} is not set" if missing else f"RANK is {launch.index}"
+        raise ValueError(
+            f"WORLD_SIZE is {launch.count}, but {problem}; start several processes with `accelerate launch -m` or "
+            "torchrun, or unset WORLD_SIZE"
+        )
+    torch.distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+    try:
+        yield launch
+    finally:
+        torch.distributed.destroy_process_group()
