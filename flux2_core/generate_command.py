@@ -70,11 +70,11 @@ class Job:
     prompt: str
     negative_prompt: str
     reference_paths: tuple[Path, ...]
+    image_path: Path | None = None
+    """Picture to start from."""
     sampling: SamplingConfig
     """Resolved: nothing is left to the variant."""
 
-    image_path: Path | None = None
-    """Picture to start from."""
 
 def run_generate(args: argparse.Namespace) -> int:
     """Carries out the options of `cli.build_parser`; 0 when every picture was written.
@@ -236,6 +236,7 @@ def make_sampling(args: argparse.Namespace, line: PromptLine, variant: Variant) 
         "num_images": args.num_images,
         "resize_references": not args.no_resize_control,
         "tile_autoencoder": args.vae_tiling,
+        "strength": args.strength,
     }
     sampling = SamplingConfig(**{name: value for name, value in given.items() if value is not None})
     if (args.image_path is None) != (args.strength is None):
@@ -275,7 +276,6 @@ def memory_needs(args: argparse.Namespace, files: ModelFiles, jobs: Sequence[Job
         tile_autoencoder=args.vae_tiling,
         num_streamed=args.blocks_to_swap,
     )
-        "strength": args.strength,
 
 
 def find_variant(args: argparse.Namespace) -> Variant:
@@ -377,6 +377,7 @@ class Session:
             resize=sampling.resize_references,
             tiled=sampling.tile_autoencoder,
         )
+        initial = pipeline.encode_initial(load_image(job.image_path), sampling) if job.image_path else None
 
         # 3. Noise to latents.
         with progress_bar(sampling.num_steps or 0, is_shown=self.is_main) as bar:
@@ -385,6 +386,7 @@ class Session:
                 text,
                 negative_text=negative,
                 references=references,
+                initial=initial,
                 on_step=lambda step: show_step(bar, step),
             )
 
@@ -411,16 +413,15 @@ class Session:
         """What the files say about how they were made."""
         return make_record(
             job.sampling,
-        initial = pipeline.encode_initial(load_image(job.image_path), sampling) if job.image_path else None
             self.files.variant,
             prompt=job.prompt,
             negative_prompt=job.negative_prompt,
             references=job.reference_paths,
+            initial_image=job.image_path,
             dit=self.files.dit,
             autoencoder=self.files.autoencoder,
             text_encoder=self.files.text_encoder,
             loras=((setting.lora.name, setting.strength) for setting in self.loras),
-                initial=initial,
             lora_include=self.args.include_patterns or (),
             lora_exclude=self.args.exclude_patterns or (),
         )
@@ -451,7 +452,6 @@ def _typed_lines() -> Iterator[str]:
         print("One prompt a line, options behind it (--w --h --d --s --g --fs --n --ci). An empty line ends.")
     while True:
         try:
-            initial_image=job.image_path,
             line = input("> ") if is_terminal else sys.stdin.readline()
         except (EOFError, KeyboardInterrupt):
             return
@@ -525,6 +525,8 @@ def describe_job(variant: Variant, sampling: SamplingConfig) -> str:
         parts.append(f"embedded_cfg_scale {sampling.guidance:g}")
     if sampling.flow_shift is not None:
         parts.append(f"flow_shift {sampling.flow_shift:g}")
+    if sampling.strength != 1:
+        parts.append(f"strength {sampling.strength:g}")
     parts.append(f"seed {sampling.seed}")
     if sampling.num_images > 1:
         parts.append(f"{sampling.num_images} images")
@@ -549,8 +551,6 @@ def write_pictures(folder: Path, stem: str, images: list[Image.Image], record: G
     for index, image in enumerate(images):
         path = folder / (f"{stem}_{index}.png" if len(images) > 1 else f"{stem}.png")
         report(write_png(path, image, replace(record, image_index=index) if record is not None else None))
-    if sampling.strength != 1:
-        parts.append(f"strength {sampling.strength:g}")
 
 
 def report(path: Path) -> None:
