@@ -102,7 +102,7 @@ def _load_dit(reader: DiTReader, weight_format: WeightFormat | None, merge: Sequ
             layers[layer].set_quantised("fp8", *reader.get_fp8(name))
             continue
         if layer in changes:
-            tensor = merged_weight(reader.get(name, torch.float32), changes[layer])
+            tensor = merged_weight(reader.get(name, torch.float32), changes[layer], in_place=True)
             check_merged(tensor, name, torch.float32 if format_of_layer else reader.dtype)
         else:
             tensor = reader.get(name, reader.dense_dtype(name) if format_of_layer else None)
@@ -129,10 +129,18 @@ def check_merged(tensor: Tensor, name: str, dtype: torch.dtype) -> None:
     Raises:
         ValueError: it is not.
     """
-    if not tensor.abs().amax() <= torch.finfo(dtype).max:
+    if not fits_type(tensor, dtype):
         raise ValueError(
             f"merging makes {name} too large for {dtype}, or not finite; merge into bf16, or less strongly"
         )
+
+
+def fits_type(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all numbers are finite, and stay so in ``dtype``; without a copy of the tensor."""
+    if not tensor.numel():
+        return True
+    low, high = (float(number) for number in torch.aminmax(tensor))  # not a number, where one of them is none
+    return -low <= torch.finfo(dtype).max and high <= torch.finfo(dtype).max
 
 
 class DiTReader:

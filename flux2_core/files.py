@@ -123,6 +123,7 @@ def stream_safetensors(
                 wanted, (_, shape, num_bytes) = next(expected)
                 assert (name, tuple(tensor.shape), tensor.nbytes) == (wanted, shape, num_bytes), (name, wanted)
                 file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                del tensor  # before the next one is made
         assert next(expected, None) is None, "fewer tensors than in the layout"
 
     return write_atomically(path, write)

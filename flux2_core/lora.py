@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import DiTReader, dit_metadata
+from .checkpoint import DiTReader, dit_metadata, fits_type
 from .dit import Flux2DiT
 from .files import stream_safetensors
 from .linear import Linear
@@ -100,6 +101,7 @@ class LiveFactors:
         self.out_features = weight.shape[0]
         self._running = factors
         self._gain: Tensor | None = None
+        self._running_gain: tuple[Tensor, Tensor] | None = None
         if factors.magnitude is not None:
             self._gain = _to(factors, weight.device).gain(_rows(weight, factors))
         self.needs_weight = self._gain is not None and self._gain.shape[1] > 1
@@ -112,10 +114,10 @@ class LiveFactors:
             base = output if factors.rows is None else output[..., slice(*factors.rows)]
             change = factors.apply(x, self.strength)
             # Near 1 the gain itself would lose in bf16 what it differs by.
-            change = change + (self._gain[:, 0] - 1).to(x) * (change + self.strength * base)
+            change = change + self._prepare_gain(x)[1] * (change + self.strength * base)
         else:  # gain of each input: (W + delta) (gain x) - W x
-            gain = self._gain[0].to(x)
-            base = F.linear((self._gain[0] - 1).to(x) * x, _rows(weight, factors).to(x.dtype))
+            gain, above_one = self._prepare_gain(x)
+            base = F.linear(above_one * x, _rows(weight, factors).to(x.dtype))
             change = factors.apply(gain * x, self.strength) + self.strength * base
         if factors.rows is None:
             return change
@@ -146,6 +148,16 @@ def apply_loras(dit: Flux2DiT, settings: Sequence[LoraSetting]) -> None:
             it was.
     """
     layers = linear_layers(dit)
+    def _prepare_gain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The gain, and how far it is above 1, in the type and on the device of ``x``: made where the weight was."""
+        assert self._gain is not None
+        found = self._running_gain
+        if found is None or (found[0].dtype, found[0].device) != (x.dtype, x.device):
+            with torch.inference_mode(False):
+                gain = self._gain.flatten()
+                found = self._running_gain = gain.to(x), (gain - 1).to(x)
+        return found
+
     changes = collect_changes(settings, layers)
     live = {
         name: tuple(
@@ -181,11 +193,16 @@ def merge_loras(dit: Flux2DiT, settings: Sequence[LoraSetting]) -> None:
         layers[name].weight.data = merged_weight(layers[name].weight, factors)
 
 
-def merged_weight(weight: Tensor, changes: Iterable[tuple[Factors, float]]) -> Tensor:
-    """``W + sum of strength * change(W)`` for ``W`` ``[out, in]``, computed in fp32, in the type of ``weight``."""
+def merged_weight(weight: Tensor, changes: Iterable[tuple[Factors, float]], *, in_place: bool = False) -> Tensor:
+    """``W + sum of strength * change(W)`` for ``W`` ``[out, in]``, computed in fp32, in the type of ``weight``.
+
+    Args:
+        in_place: an fp32 weight may be written to, so that no second one is in memory.
+    """
     changes = [(_to(factors, weight.device), strength) for factors, strength in changes]
-    result = weight.detach().to(torch.float32, copy=True)
-    base = result.clone() if any(factors.magnitude is not None for factors, _ in changes) else result
+    result = weight.detach().to(torch.float32, copy=not in_place)
+    # A magnitude looks at the weight as it was, which the first change still finds there.
+    base = result.clone() if any(factors.magnitude is not None for factors, _ in changes[1:]) else result
     for factors, strength in changes:
         rows = _rows(result, factors)
         if isinstance(factors, LoraFactors) and factors.magnitude is None:  # without a dense change in memory
@@ -196,7 +213,7 @@ def merged_weight(weight: Tensor, changes: Iterable[tuple[Factors, float]]) -> T
 
 
 def merged_tensors(
-    tensors: Iterable[tuple[str, Tensor]], settings: Sequence[LoraSetting]
+    tensors: Iterable[tuple[str, Tensor]], settings: Sequence[LoraSetting], *, in_place: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a DiT in BFL's names with LoRAs added, one at a time.
 
@@ -208,13 +225,16 @@ def merged_tensors(
         factors = changes.get(name.removesuffix(".weight"))
         if factors:
             with torch.inference_mode(False), torch.no_grad():
-                tensor = merged_weight(tensor, factors)
-            if not tensor.isfinite().all():
+                tensor = merged_weight(tensor, factors, in_place=in_place)
+            if not fits_type(tensor, tensor.dtype):
                 raise ValueError(f"merging makes {name} too large for {tensor.dtype}; merge into bf16 or fp32")
         yield name, tensor
 
 
 def merge_checkpoint(
+    Args:
+        in_place: fp32 tensors may be written to.
+
     source_path: str | os.PathLike[str],
     settings: Sequence[LoraSetting],
     out_path: str | os.PathLike[str],
@@ -227,6 +247,7 @@ def merge_checkpoint(
 ) -> Path:
     """Writes a DiT checkpoint with LoRAs merged in as one file in BFL's layout, atomically and layer by layer.
 
+        del tensor  # before the next one is read
     Args:
         source_path: a DiT in any layout that `load_dit` reads.
         dtype: type of all weights; None keeps the source's (bf16 for an fp8 file).
@@ -241,7 +262,9 @@ def merge_checkpoint(
     # One cast, at the end: the sum is made of weights that keep all of the file's precision.
     reader.dtype = torch.float32
     tensors = ((name, reader.get(name)) for name in reader.shapes)
-    return write_merged(out_path, reader.variant, tensors, reader.shapes, settings, dtype, on_tensor=on_tensor)
+    return write_merged(
+        out_path, reader.variant, tensors, reader.shapes, settings, dtype, in_place=True, on_tensor=on_tensor
+    )
 
 
 def save_merged_dit(
@@ -284,12 +307,20 @@ def write_merged(
     layout = {name: (words[dtype], shape, math.prod(shape) * dtype.itemsize) for name, shape in shapes.items()}
     metadata = dit_metadata(path, variant)
     metadata["flux2_kit.merged_loras"] = ", ".join(f"{s.lora.name} {s.strength:g}" for s in settings)
+    in_place: bool = False,
 
     def merged() -> Iterator[tuple[str, Tensor]]:
-        for number, (name, tensor) in enumerate(merged_tensors(tensors, settings), start=1):
-            yield name, _cast(name, tensor, dtype)
+        numbers = itertools.count(1)  # beside the loop: enumerate() keeps what it gave last
+        for name, tensor in merged_tensors(tensors, settings, in_place=in_place):
+            result = _cast(name, tensor, dtype)
+            del tensor  # before it is written, and the next one is read
+            yield name, result
+            del result
+    Args:
+        in_place: the weights may be written to, so that one of them is in memory at a time.
+
             if on_tensor is not None:
-                on_tensor(number, len(shapes))
+                on_tensor(next(numbers), len(shapes))
 
     return stream_safetensors(path, layout, merged(), metadata)
 
@@ -423,7 +454,7 @@ def _to(factors: Factors, device: torch.device, dtype: torch.dtype | None = None
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     result = tensor.to(dtype)
-    if not result.isfinite().all():
+    if not fits_type(result, dtype):
         raise ValueError(f"{name} is too large for {dtype}, or was not finite; merge into bf16 or fp32")
     return result
 

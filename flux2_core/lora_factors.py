@@ -51,7 +51,7 @@ class Factors:
         return 1.0 if self.rank is None or self.alpha is None else self.alpha / self.rank
 
     def delta(self) -> Tensor:
-        """The change ``[rows, in]``, dense and fp32, before any magnitude."""
+        """The change ``[rows, in]``, dense, fp32 and in memory of its own, before any magnitude."""
         raise NotImplementedError
 
     def apply(self, x: Tensor, strength: float = 1.0) -> Tensor:
@@ -70,16 +70,21 @@ class Factors:
     def gain(self, weight: Tensor) -> Tensor:
         """DoRA's ``magnitude / norm(W + delta)`` in fp32, shaped as the magnitude; ``weight`` is ``[rows, in]``."""
         assert self.magnitude is not None
-        merged = weight.float() + self.delta()
-        norm = merged.norm(dim=1 if self.magnitude.shape[1] == 1 else 0, keepdim=True)
-        return self.magnitude.float() / norm.clamp_min(torch.finfo(torch.float32).tiny)
+        return self._gain_of(weight.float() + self.delta())
 
     def change(self, weight: Tensor) -> Tensor:
         """The change of ``weight`` ``[rows, in]`` at strength 1, magnitude included: dense, fp32."""
         if self.magnitude is None:
             return self.delta()
         base = weight.float()
-        return self.gain(base) * (base + self.delta()) - base
+        # In place: there are two dense matrices beside the weight at most.
+        merged = self.delta().add_(base)
+        return merged.mul_(self._gain_of(merged)).sub_(base)
+
+    def _gain_of(self, merged: Tensor) -> Tensor:
+        assert self.magnitude is not None
+        norm = merged.norm(dim=1 if self.magnitude.shape[1] == 1 else 0, keepdim=True)
+        return self.magnitude.float() / norm.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,7 +102,7 @@ class LoraFactors(Factors):
         return self.lora_A.shape[0]
 
     def delta(self) -> Tensor:
-        return self.scale * (self.lora_B.float() @ self.lora_A.float())
+        return (self.lora_B.float() @ self.lora_A.float()).mul_(self.scale)
 
     def apply(self, x: Tensor, strength: float = 1.0) -> Tensor:
         return F.linear(F.linear(x, self.lora_A) * (self.scale * strength), self.lora_B)
@@ -173,7 +178,7 @@ class DiffFactors(Factors):
     """``[rows, in]``"""
 
     def delta(self) -> Tensor:
-        return self.diff.float()
+        return self.diff.to(torch.float32, copy=True)
 
     def apply(self, x: Tensor, strength: float = 1.0) -> Tensor:
         return F.linear(x, self.diff) * strength

@@ -107,11 +107,13 @@ class _Weights:
             if name in self.kept:
                 weight, scale = self.reader.get_fp8(name)
                 yield name, weight
+                del weight  # before the next one is read
                 yield f"{name}_scale", scale[0, 0] if self.per_tensor else scale
             elif name in quantised:
                 quantise = fp8.quantise_per_tensor if self.per_tensor else fp8.quantise
                 weight, scale = quantise(self._dense(name, self.reader.dense_dtype(name)))
                 yield name, weight
+                del weight
                 yield f"{name}_scale", scale
             else:
                 yield name, self._dense(name, PLAIN_DTYPE).to(PLAIN_DTYPE)
@@ -122,6 +124,6 @@ class _Weights:
         """A weight in ``dtype``, or with its LoRAs in fp32."""
         if name not in self.changes:
             return self.reader.get(name, dtype)
-        merged = merged_weight(self.reader.get(name, torch.float32), self.changes[name])
+        merged = merged_weight(self.reader.get(name, torch.float32), self.changes[name], in_place=True)
         check_merged(merged, name, torch.float32 if is_quantised_layer(name) else PLAIN_DTYPE)
         return merged
