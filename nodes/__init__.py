@@ -6,7 +6,7 @@ from .bridges import Sigmas, ToCLIP, ToModel, ToVAE
 from .conditioning import EncodePrompt, EncodeReference
 from .datasets import CacheDataset
 from .files import ConvertLoRA, InspectFile
-from .latents import EmptyLatent
+from .latents import EmptyLatent, EncodeImage
 from .loaders import LoadAutoencoder, LoadDiT, LoadTextEncoder
 from .lora import ApplyLoRA, SaveMergedDiT
 from .prompts import PromptJSON
@@ -33,6 +33,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "Flux2KitToVAE": ToVAE,
     "Flux2KitToCLIP": ToCLIP,
     "Flux2KitSigmas": Sigmas,
+    "Flux2KitEncodeImage": EncodeImage,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
@@ -55,4 +56,5 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "Flux2KitToVAE": "FLUX.2 to VAE",
     "Flux2KitToCLIP": "FLUX.2 to CLIP",
     "Flux2KitSigmas": "FLUX.2 Sigmas",
+    "Flux2KitEncodeImage": "FLUX.2 Encode Image",
 }

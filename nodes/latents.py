@@ -1,4 +1,4 @@
-"""The node that gives a picture its size."""
+"""Nodes that give latents to start from: an empty one of a size, and that of a picture."""
 
 # ruff: noqa: N802 - ComfyUI gives these methods their names
 
@@ -8,14 +8,16 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..flux2_core.autoencoder import PIXELS_PER_LATENT
+from ..flux2_core.autoencoder import PIXELS_PER_LATENT, Flux2Autoencoder
 from ..flux2_core.images import MIN_SIDE
 from ..flux2_core.latents import NUM_LATENT_CHANNELS
 from ..flux2_core.pipeline import SamplingConfig
 from ..flux2_core.variants import VARIANTS
 from . import host
+from .native_encoders import BridgedVAE
 from .sampling import MAX_IMAGES, MAX_SIDE
 
 CUSTOM = "custom"
@@ -33,8 +35,8 @@ MAX_MEGAPIXELS = 16.0
 class EmptyLatent:
     CATEGORY = host.CATEGORY
     DESCRIPTION = (
-        "Chooses the size of a picture by aspect ratio and megapixels. Connect width and height to FLUX.2 Sample; the "
-        "latent is for native samplers."
+        "Chooses the size of a picture by aspect ratio and megapixels. Connect the latent to FLUX.2 Sample or a native "
+        "sampler; width and height go where only they are asked for."
     )
     SEARCH_ALIASES = ("empty latent image", "aspect ratio", "resolution", "megapixels", "image size", "width height")
     FUNCTION = "make"
@@ -42,8 +44,8 @@ class EmptyLatent:
     RETURN_NAMES = ("latent", "width", "height")
     OUTPUT_TOOLTIPS = (
         "Zeros [batch, 128, height / 16, width / 16], as of the native Empty Flux 2 Latent.",
-        "Width in pixels, for FLUX.2 Sample.",
-        "Height in pixels, for FLUX.2 Sample.",
+        "Width in pixels, for FLUX.2 Sample and FLUX.2 Sigmas.",
+        "Height in pixels, for FLUX.2 Sample and FLUX.2 Sigmas.",
     )
 
     @classmethod
@@ -78,7 +80,7 @@ class EmptyLatent:
                         "default": SamplingConfig.num_images,
                         "min": 1,
                         "max": MAX_IMAGES,
-                        "tooltip": "Latents in the batch. FLUX.2 Sample has num_images for it.",
+                        "tooltip": "Latents in the batch: pictures made at once, from one seed.",
                     },
                 ),
             },
@@ -119,6 +121,71 @@ class EmptyLatent:
         host.show_text(f"{width}x{height} px, {width * height / PIXELS_PER_MEGAPIXEL:.2f} megapixels", unique_id)
         shape = (config.num_images, NUM_LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
         return ({"samples": torch.zeros(shape)}, width, height)
+
+
+class EncodeImage:
+    CATEGORY = host.CATEGORY
+    DESCRIPTION = (
+        "Encodes pictures to latents, for image to image and inpainting in FLUX.2 Sample or a native sampler. For "
+        "edits by prompt use FLUX.2 Encode Reference."
+    )
+    SEARCH_ALIASES = ("vae encode", "image to latent", "img2img", "image to image", "inpaint", "encode")
+    FUNCTION = "encode"
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("latent",)
+    OUTPUT_TOOLTIPS = ("Native latents [B, 128, height / 16, width / 16], with the mask where there is one.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "ae": ("FLUX2_AE", {"tooltip": "The autoencoder that belongs to the DiT."}),
+                "image": (
+                    "IMAGE",
+                    {
+                        "tooltip": f"One picture or a batch, with sides of at least {MIN_SIDE} px; the centre is "
+                        f"cropped to multiples of {PIXELS_PER_LATENT}. Transparency becomes white."
+                    },
+                ),
+                "tiling": (
+                    "BOOLEAN",
+                    {
+                        "default": SamplingConfig.tile_autoencoder,
+                        "tooltip": "Encode in strips: the same latents in less memory.",
+                    },
+                ),
+            },
+            "optional": {
+                "mask": (
+                    "MASK",
+                    {
+                        "tooltip": "What is made anew (white) and what stays (black), for the whole picture before the "
+                        "crop. The picture below it is kept: denoise 1 makes the inside wholly anew."
+                    },
+                ),
+            },
+        }
+
+    @classmethod
+    def encode(
+        cls, ae: Flux2Autoencoder, image: Tensor, tiling: bool, mask: Tensor | None = None
+    ) -> tuple[dict[str, Tensor]]:
+        if image.dim() != 4 or image.shape[-1] not in (3, 4):
+            raise ValueError(
+                f"an image has shape {tuple(image.shape)}; it must be [batch, height, width, 3 or 4 channels]"
+            )
+        height, width = image.shape[1:3]
+        if min(height, width) < MIN_SIDE:
+            raise ValueError(f"the image is {width}x{height} px; each side must be at least {MIN_SIDE} px, scale it up")
+        colours, alpha = image[..., :3], image[..., 3:]
+        if alpha.shape[-1]:
+            colours = colours * alpha + (1 - alpha)
+        vae = BridgedVAE(ae)
+        latent = {"samples": vae.encode_tiled(colours) if tiling else vae.encode(colours)}
+        if mask is not None:
+            masks = F.interpolate(mask.float().reshape(-1, 1, *mask.shape[-2:]), size=(height, width), mode="bilinear")
+            latent["noise_mask"] = vae.vae_encode_crop_pixels(masks.movedim(1, -1)).movedim(-1, 1).clamp(0, 1)
+        return (latent,)
 
 
 def picture_size(aspect_ratio: str, megapixels: float) -> tuple[int, int]:

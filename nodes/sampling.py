@@ -17,11 +17,13 @@ from ..flux2_core.latents import MAX_SEED
 from ..flux2_core.pipeline import MAX_STEPS, SamplingConfig, decode_latents, sample_latents
 from ..flux2_core.preview import PreviewFactors, fit_preview, preview_images
 from ..flux2_core.sampling import DenoiseStep, StepCallback
+from ..flux2_core.schedule import MIN_STRENGTH
 from ..flux2_core.variants import VARIANTS
 from . import host
 from .conditioning import Conditioning, NativePrompt, References, read_conditioning
 from .loaders import LoadedDiT
 from .lora import live_loras
+from .native_latents import Latent, read_latent
 
 MAX_SIDE = 16384
 """Largest side that the widgets offer, in pixels: ComfyUI's own limit."""
@@ -34,10 +36,10 @@ _preview_factors: WeakKeyDictionary[Flux2Autoencoder, PreviewFactors] = WeakKeyD
 class Sample:
     CATEGORY = host.CATEGORY
     DESCRIPTION = (
-        "Makes latents from noise with a FLUX.2 DiT: text to image, or editing where references are connected. A "
-        "setting left at 0 takes the value that the variant was made for."
+        "Makes latents with a FLUX.2 DiT: text to image, editing where references are connected, image to image and "
+        "inpainting from a latent. A setting left at 0 takes the value that the variant was made for."
     )
-    SEARCH_ALIASES = ("ksampler", "sampler", "generate", "text to image", "image edit", "denoise")
+    SEARCH_ALIASES = ("ksampler", "sampler", "generate", "text to image", "image edit", "denoise", "img2img", "inpaint")
     FUNCTION = "sample"
     RETURN_TYPES = ("LATENT",)
     RETURN_NAMES = ("latent",)
@@ -122,6 +124,25 @@ class Sample:
                 ),
                 "references": ("FLUX2_REFERENCES", {"tooltip": "Pictures to edit, from FLUX.2 Encode Reference."}),
                 "ae": ("FLUX2_AE", {"tooltip": "Connect the autoencoder to see a preview of every step."}),
+                "latent": (
+                    "LATENT",
+                    {
+                        "tooltip": "What to start from. An empty latent sets size and number of pictures; an encoded "
+                        "picture is changed as far as denoise says; with a mask, only inside of it. Leave width and "
+                        "height at 0 and num_images at 1."
+                    },
+                ),
+                "denoise": (
+                    "FLOAT",
+                    {
+                        "default": SamplingConfig.strength,
+                        "min": MIN_STRENGTH,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "How much of the latent is made anew; 1 keeps only its size, and what its mask "
+                        "keeps. All num_steps are run, as in KSampler.",
+                    },
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -143,16 +164,21 @@ class Sample:
         negative: Conditioning | None = None,
         references: References | None = None,
         ae: Flux2Autoencoder | None = None,
+        latent: Latent | None = None,
+        denoise: float = SamplingConfig.strength,
         unique_id: str | None = None,
         **settings: Any,
-    ) -> tuple[dict[str, Tensor]]:
+    ) -> tuple[Latent]:
         prompt = read_conditioning(positive, "positive", dit.variant.text_encoder)
         against = read_conditioning(negative, "negative", dit.variant.text_encoder) if negative is not None else None
         check_agreement(prompt, against)
+        settings["strength"] = denoise
+        start = read_latent(latent, settings) if latent is not None else None
+        settings = start.settings if start is not None else settings
         sampling = sampling_config(settings, prompt.guidance).resolved(dit.variant)
         host.show_text(describe(sampling, dit.variant.name, len(dit.loras)), unique_id)
         with live_loras(dit):
-            latents = all_references(prompt.references, references)
+            reference_latents = all_references(prompt.references, references)
             samples = dit.run(
                 lambda: sample_latents(
                     dit.dit,
@@ -160,12 +186,16 @@ class Sample:
                     sampling,
                     prompt.text,
                     negative_text=against.text if against is not None else None,
-                    references=latents,
+                    references=reference_latents,
+                    noise=start.noise(sampling) if start is not None else None,
+                    initial=start.samples if start is not None else None,
+                    mask=start.mask if start is not None else None,
                     on_step=show_steps(sampling.num_steps or 0, ae, unique_id),
                     should_stop=host.should_stop,
                 )
             )
-        return ({"samples": samples.cpu()},)
+        samples = samples.cpu()
+        return ({"samples": samples} if start is None or latent is None else start.result(latent, samples),)
 
 
 class Decode:
@@ -267,6 +297,7 @@ def describe(sampling: SamplingConfig, variant: str, num_loras: int = 0) -> str:
     parts = [variant, f"{sampling.width}x{sampling.height}", f"{sampling.num_steps} steps"]
     parts += [f"cfg {sampling.cfg_scale:g}"] if sampling.cfg_scale not in (None, 1) else []
     parts += [f"guidance {sampling.guidance:g}"] if sampling.guidance is not None else []
+    parts += [f"denoise {sampling.strength:g}"] if sampling.strength != 1 else []
     parts += [f"{num_loras} LoRA{'s' if num_loras > 1 else ''}"] if num_loras else []
     return ", ".join(parts)
 

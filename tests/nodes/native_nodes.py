@@ -71,6 +71,41 @@ class CLIPTextEncode:
         return (clip.encode_from_tokens_scheduled(clip.tokenize(text)),)
 
 
+class SolidMask:
+    FUNCTION = "solid"
+    RETURN_TYPES = ("MASK",)
+    RETURN_NAMES = ("MASK",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        side = ("INT", {"default": 512, "min": 1, "max": 16384, "step": 1})
+        value = ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01})
+        return {"required": {"value": value, "width": side, "height": side}}
+
+    def solid(self, value: float, width: int, height: int) -> tuple[torch.Tensor]:
+        return (torch.full((1, height, width), value),)
+
+
+class MaskComposite:
+    FUNCTION = "combine"
+    RETURN_TYPES = ("MASK",)
+    RETURN_NAMES = ("MASK",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        place = ("INT", {"default": 0, "min": 0, "max": 16384, "step": 1})
+        masks = {"destination": ("MASK", {}), "source": ("MASK", {})}
+        return {"required": {**masks, "x": place, "y": place, "operation": (["multiply", "add", "subtract"], {})}}
+
+    def combine(
+        self, destination: torch.Tensor, source: torch.Tensor, x: int, y: int, operation: str
+    ) -> tuple[torch.Tensor]:
+        assert operation == "add"
+        output = destination.clone()
+        output[:, y : y + source.shape[1], x : x + source.shape[2]] += source
+        return (output.clamp(0, 1),)
+
+
 class VAEEncode:
     FUNCTION = "encode"
     RETURN_TYPES = ("LATENT",)
@@ -172,7 +207,7 @@ class SamplerCustomAdvanced(_OnlyDescribed):
 NATIVE_NODES: dict[str, type] = {
     node.__name__: node
     for node in (
-        *(LoadImage, PreviewImage, SaveImage, CLIPTextEncode, VAEEncode, VAEDecode),
+        *(LoadImage, PreviewImage, SaveImage, CLIPTextEncode, SolidMask, MaskComposite, VAEEncode, VAEDecode),
         *(KSampler, RandomNoise, KSamplerSelect, CFGGuider, SamplerCustomAdvanced),
     )
 }

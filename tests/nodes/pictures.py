@@ -44,6 +44,9 @@ def main() -> None:
 
         _, (before, after) = run("reference_edit_tiny")
         save(TEMPLATES / "reference_edit_tiny.jpg", steps([before[0]], after[0]))
+        _, (before, changed, inpainted) = run("image_to_image_tiny")
+        save(TEMPLATES / "image_to_image_tiny.jpg", ways(before[0], [changed[0], inpainted[0]]))
+        save(HELP / "image_to_image.jpg", row([before[0], changed[0], inpainted[0]], 128))
         _, (first, second, after) = run("multi_reference_edit_tiny")
         save(TEMPLATES / "multi_reference_edit_tiny.jpg", steps([first[0], second[0]], after[0]))
         save(HELP / "references.jpg", row([first[0], second[0], after[0]], 128))
@@ -66,6 +69,9 @@ def main() -> None:
         assert variant in VARIANTS
         name = f"text_to_image_{variant}"
         save(TEMPLATES / f"{name}.jpg", graph(name, f"FLUX.2 {variant}", subtitle))
+    save(
+        TEMPLATES / "low_vram_klein-9b.jpg", graph("low_vram_klein-9b", "Low VRAM", "klein-9b in 8 GiB: fp8, streamed")
+    )
     save(TEMPLATES / "native_sampler_tiny.jpg", graph("native_sampler_tiny", "Native nodes", "KSampler on our models"))
     save(HELP / "aspect_ratios.png", aspect_ratios())
 
@@ -127,6 +133,20 @@ def steps(before: list[Image.Image], after: Image.Image) -> Image.Image:
     draw, middle = ImageDraw.Draw(canvas), SIDE // 2
     draw.polygon([(middle - 12, 164), (middle + 12, 164), (middle, 180)], fill=LIGHT)
     canvas.paste(large(after, big), ((SIDE - big) // 2, SIDE - big - MARGIN))
+    return canvas
+
+
+def ways(before: Image.Image, after: list[Image.Image]) -> Image.Image:
+    """What there was, small, above the several things that became of it."""
+    canvas, small = blank(), 200
+    big = (SIDE - (len(after) + 1) * MARGIN) // len(after)
+    canvas.paste(large(before, small), ((SIDE - small) // 2, MARGIN))
+    draw = ImageDraw.Draw(canvas)
+    for index, image in enumerate(after):
+        left = MARGIN + index * (big + MARGIN)
+        middle = left + big // 2
+        draw.polygon([(middle - 12, small + 24), (middle + 12, small + 24), (middle, small + 40)], fill=LIGHT)
+        canvas.paste(large(image, big), (left, SIDE - big - MARGIN))
     return canvas
 
 

@@ -32,6 +32,7 @@ NODE_IDS = [
     "Flux2KitToVAE",
     "Flux2KitToCLIP",
     "Flux2KitSigmas",
+    "Flux2KitEncodeImage",
 ]
 """They stand in people's workflows: names may be added here, never changed."""
 SAMPLING_INPUTS = [
@@ -64,7 +65,7 @@ INPUTS_AND_OUTPUTS = {
     "Flux2KitEncodePrompt": (["text_encoder", "prompt"], ["CONDITIONING"]),
     "Flux2KitEncodeReference": (["ae", "image", "resize", "tiling", "references"], ["FLUX2_REFERENCES"]),
     "Flux2KitSample": (
-        [*SAMPLING_INPUTS, "negative", "references", "ae"],
+        [*SAMPLING_INPUTS, "negative", "references", "ae", "latent", "denoise"],
         ["LATENT"],
     ),
     "Flux2KitDecode": (["ae", "latent", "tiling"], ["IMAGE"]),
@@ -95,6 +96,7 @@ INPUTS_AND_OUTPUTS = {
     "Flux2KitToVAE": (["ae"], ["VAE"]),
     "Flux2KitToCLIP": (["text_encoder"], ["CLIP"]),
     "Flux2KitSigmas": (["dit", "width", "height", "num_steps", "flow_shift"], ["SIGMAS"]),
+    "Flux2KitEncodeImage": (["ae", "image", "tiling", "mask"], ["LATENT"]),
 }
 """Widget values are saved by position: inputs may be added at the end, never moved."""
 
@@ -131,7 +133,7 @@ def test_a_node_explains_itself(nodes, node_id):
 
 def test_defaults_are_those_of_the_core(nodes):
     defaults = {field.name: field.default for field in fields(SamplingConfig)}
-    renamed = {"resize": "resize_references", "tiling": "tile_autoencoder"}
+    renamed = {"resize": "resize_references", "tiling": "tile_autoencoder", "denoise": "strength"}
     seen = set()
     for node_id, node_class in nodes.items():
         for name, (_, options) in inputs_of(node_class).items():

@@ -13,8 +13,8 @@ from flux2_kit.training.metrics import read_metrics
 FOLDER = Path(__file__).parents[2] / "example_workflows"
 NAMES = [
     *("text_to_image_tiny", "reference_edit_tiny", "multi_reference_edit_tiny", "lora_stack_tiny", "train_lora_tiny"),
-    "native_sampler_tiny",
-    *("text_to_image_klein-4b", "text_to_image_klein-base-9b", "text_to_image_dev"),
+    *("native_sampler_tiny", "image_to_image_tiny"),
+    *("text_to_image_klein-4b", "text_to_image_klein-base-9b", "text_to_image_dev", "low_vram_klein-9b"),
 ]
 
 

@@ -130,6 +130,59 @@ def reference_edit_tiny() -> Workflow:
     return flow
 
 
+def image_to_image_tiny() -> Workflow:
+    flow = Workflow()
+    flow.note_title = "What this shows"
+    flow.note = (
+        "Two ways to go on from a picture. Below *denoise* 1 all of it is changed, the more the higher it is. With a "
+        "mask only its white part is made anew.\n\n"
+        "For a picture of your own put *Load Image* in place of FLUX.2 Decode, and paint the mask in its mask editor "
+        "(right-click)."
+    )
+    flow.column("1. Models")
+    dit, text_encoder, ae = add_loaders(flow, BUNDLED, BUNDLED, BUNDLED)
+    flow.column("2. Prompts")
+    prompts = (
+        ("Picture to start from", "a large red circle at the left on a yellow background"),
+        ("All of it", "a large green circle at the left on a yellow background"),
+        ("Inside of the mask", "a large blue star at the left on a yellow background"),
+        ("Negative prompt", ""),
+    )
+    first, whole, inside, negative = (
+        flow.add("Flux2KitEncodePrompt", title, text_encoder=text_encoder, prompt=prompt) for title, prompt in prompts
+    )
+    flow.column("3. Picture to start from")
+    latent = flow.add("Flux2KitSample", dit=dit, positive=first, negative=negative, ae=ae)
+    image = flow.add("Flux2KitDecode", ae=ae, latent=latent)
+    flow.add("PreviewImage", images=image)
+    flow.column("4. Mask")
+    black = flow.add("SolidMask", "What stays", value=0.0, width=64, height=64)
+    white = flow.add("SolidMask", "What is made anew", value=1.0, width=48, height=64)
+    mask = flow.add("MaskComposite", destination=black, source=white, operation="add")
+    flow.column("5. Encode")
+    encoded = flow.add("Flux2KitEncodeImage", "Picture", ae=ae, image=image)
+    masked = flow.add("Flux2KitEncodeImage", "Picture with a mask", ae=ae, image=image, mask=mask)
+    for number, title, positive, start, denoise in (
+        (6, "Image to image", whole, encoded, 0.6),
+        (7, "Inpainting", inside, masked, 1.0),
+    ):
+        flow.column(f"{number}. {title}")
+        latent = flow.add(
+            "Flux2KitSample",
+            dit=dit,
+            positive=positive,
+            negative=negative,
+            ae=ae,
+            latent=start,
+            denoise=denoise,
+            seed=1,
+        )
+        result = flow.add("Flux2KitDecode", ae=ae, latent=latent)
+        prefix = f"flux2_kit/tiny_{title.lower().replace(' ', '_')}"
+        flow.add("SaveImage", title, images=result, filename_prefix=prefix)
+    return flow
+
+
 def train_lora_tiny() -> Workflow:
     prompt = f"{STYLE}, a large red circle at the top left on a blue background"
     flow = Workflow()
@@ -297,6 +350,29 @@ def text_to_image_klein_base_9b() -> Workflow:
     return flow
 
 
+def low_vram_klein_9b() -> Workflow:
+    flow = Workflow()
+    flow.column("1. Models")
+    repository = "vae-text-encorder-for-flux-klein-9b"
+    dit, text_encoder, ae = add_released(flow, "klein-9b", QWEN3_8B, repository)
+    for link in (dit, text_encoder):
+        flow.api[link.node_id]["inputs"] |= {"precision": "fp8", "vram_budget": 8.0}
+    flow.note += (
+        "\n\n*vram_budget* is what a loader may take of the GPU, in GiB: blocks that do not fit into it are streamed "
+        "from host memory; 0 takes what is free. *precision* fp8 halves the weights; nf4 quarters them, and needs "
+        "bitsandbytes. *tiling* decodes in strips."
+    )
+    flow.column("2. Prompt")
+    prompt = "A wooden rowing boat on a still mountain lake at dawn, mist over the water, photograph"
+    positive = flow.add("Flux2KitEncodePrompt", "Prompt", text_encoder=text_encoder, prompt=prompt)
+    flow.column("3. Sample")
+    latent = flow.add("Flux2KitSample", dit=dit, positive=positive, ae=ae)
+    flow.column("4. Picture")
+    image = flow.add("Flux2KitDecode", ae=ae, latent=latent, tiling=True)
+    flow.add("SaveImage", images=image, filename_prefix="flux2_kit/klein-9b")
+    return flow
+
+
 def text_to_image_dev() -> Workflow:
     dit_name, text_encoder_name = "flux2_dev_fp8mixed.safetensors", TEXT_ENCODER_NAMES[MISTRAL_SMALL][0]
     repository = f"{HUGGING_FACE}/Comfy-Org/flux2-dev/resolve/main/split_files"
@@ -335,6 +411,7 @@ def text_to_image_dev() -> Workflow:
 WORKFLOWS = {
     "text_to_image_tiny": text_to_image_tiny,
     "reference_edit_tiny": reference_edit_tiny,
+    "image_to_image_tiny": image_to_image_tiny,
     "multi_reference_edit_tiny": multi_reference_edit_tiny,
     "lora_stack_tiny": lora_stack_tiny,
     "train_lora_tiny": train_lora_tiny,
@@ -342,6 +419,7 @@ WORKFLOWS = {
     "text_to_image_klein-4b": text_to_image_klein_4b,
     "text_to_image_klein-base-9b": text_to_image_klein_base_9b,
     "text_to_image_dev": text_to_image_dev,
+    "low_vram_klein-9b": low_vram_klein_9b,
 }
 
 
