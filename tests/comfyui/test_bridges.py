@@ -187,6 +187,69 @@ def test_a_masked_latent_keeps_what_is_outside_of_the_mask(server):
     assert torch.allclose(latents[0][..., :2], latents[1][..., :2], atol=1e-4)
 
 
+def picture(**others: dict[str, Any]) -> API:
+    """Networks and a picture of 64x64 px, encoded by the native node as one latent and repeated."""
+    return base(
+        image=node("EmptyImage", width=64, height=64, batch_size=1, color=0x3366CC),
+        encoded=node("VAEEncode", pixels=["image", 0], vae=["vae", 0]),
+        start=node("RepeatLatentBatch", samples=["encoded", 0], amount=2),
+        **others,
+    )
+
+
+@pytest.mark.parametrize("denoise", [0.2, 0.5, 0.8])
+def test_image_to_image_is_that_of_ksampler(server, denoise):
+    prompt = picture(
+        native=ksampler(latent_image=["start", 0], denoise=denoise),
+        ours=sample(latent=["start", 0], denoise=denoise, num_images=1),
+    )
+    assert difference(server, prompt, name=f"denoise_{denoise}") < TOLERANCE
+
+
+def test_image_to_image_is_that_of_basic_scheduler(server):
+    prompt = picture(
+        ours=sample(latent=["start", 0], denoise=0.5),
+        basic_scheduler=node("BasicScheduler", model=["model", 0], scheduler="simple", steps=20, denoise=0.5),
+    )
+    custom_sampler(prompt, guider(), "basic_scheduler")
+    prompt["native"]["inputs"]["latent_image"] = ["start", 0]
+    assert difference(server, prompt, name="denoise_custom") < TOLERANCE
+
+
+@pytest.mark.parametrize("denoise", [0.5, 1.0])
+def test_inpainting_is_that_of_ksampler(server, denoise):
+    """With a soft mask of the picture's size."""
+    prompt = picture(
+        mask=node("SolidMask", value=0.25, width=64, height=64),
+        right=node("SolidMask", value=0.5, width=24, height=64),
+        soft=node("MaskComposite", destination=["mask", 0], source=["right", 0], x=40, y=0, operation="add"),
+        masked=node("SetLatentNoiseMask", samples=["start", 0], mask=["soft", 0]),
+        native=ksampler(latent_image=["masked", 0], denoise=denoise),
+        ours=sample(latent=["masked", 0], denoise=denoise),
+    )
+    assert difference(server, prompt, name=f"inpaint_{denoise}") < TOLERANCE
+
+
+def test_part_of_a_batch_keeps_its_noise(server):
+    """LatentFromBatch numbers what it takes out, and both samplers take the noise of these numbers."""
+    prompt = base(
+        size=node("EmptyFlux2LatentImage", width=64, height=64, batch_size=4),
+        part=node("LatentFromBatch", samples=["size", 0], batch_index=1, length=2),
+        native=ksampler(latent_image=["part", 0]),
+        ours=sample(latent=["part", 0], num_images=1),
+    )
+    assert difference(server, prompt, name="part_of_a_batch") < TOLERANCE
+
+
+def test_our_latent_of_a_picture_is_that_of_vae_encode(server):
+    prompt = picture(
+        own=node("Flux2KitEncodeImage", ae=["ae", 0], image=["image", 0], tiling=False),
+        ours=node("RepeatLatentBatch", samples=["own", 0], amount=2),
+    )
+    prompt["native"] = prompt.pop("start")
+    assert difference(server, prompt, name="encoded") < TOLERANCE
+
+
 def test_free_gives_all_memory_back_and_the_same_latents_come_back(server):
     def run(name: str) -> torch.Tensor:
         prompt = base(native=ksampler(seed=5))
