@@ -299,12 +299,14 @@ def _add_extract_lora(commands: argparse._SubParsersAction[Any], common: Parser)
 
 
 def _add_quantize(commands: argparse._SubParsersAction[Any], common: Parser) -> None:
-    parser = commands.add_parser("quantize", parents=[common], help="write a DiT with its blocks in fp8")
+    parser = commands.add_parser("quantize", parents=[common], help="write a DiT or a text encoder in fp8")
     parser.description = (
-        "Writes a DiT with the weights of its blocks in 8 bits: half the size, and loaded without conversion.\n"
-        "LoRAs are merged in before."
+        "Writes a DiT with the weights of its blocks in 8 bits, or a text encoder with those of its layers: half the\n"
+        "size, and loaded without conversion. LoRAs are merged into a DiT before."
     )
-    parser.add_argument("--dit", required=True, metavar="PATH", help="DiT: file, shard, index or folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--dit", metavar="PATH", help="DiT: file, shard, index or folder")
+    what.add_argument("--text_encoder", metavar="PATH", help="text encoder: the same")
     parser.add_argument("--output", required=True, metavar="FILE", help="the .safetensors file to write")
     parser.add_argument(
         "--format",

@@ -184,9 +184,9 @@ def load_text_encoder(
     dtype, weight_format = split_precision(precision, dtype)
     with torch.inference_mode(False), torch.no_grad():
         source = TensorSource(path, component="text_encoder")
-        weights = _LanguageModelWeights(source)
-        config = _matching_config(weights, config)
-        settings = _settings(weights, config)
+        weights = LanguageModelWeights(source)
+        config = matching_config(weights, config)
+        settings = language_model_settings(weights, config)
         embedded = source.get("tekken_model") if "tekken_model" in source.table else None
         prompt_tokenizer = find_tokenizer(
             weights.family,
@@ -197,12 +197,12 @@ def load_text_encoder(
             vocab_size=weights.vocab_size,
             last_directories=last_tokenizer_directories,
         )
-        model = _build_model(weights, settings, config.num_layers)
+        model = build_language_model(weights, settings, config.num_layers)
         _load_weights(model, weights, dtype or weights.dtype, torch.device(device), weight_format)
     return TextEncoder(model, prompt_tokenizer, config)
 
 
-class _LanguageModelWeights:
+class LanguageModelWeights:
     """The language model's tensors in a checkpoint, under the names that transformers' bare models use."""
 
     def __init__(self, source: TensorSource) -> None:
@@ -235,6 +235,37 @@ class _LanguageModelWeights:
         """What the model computes in: the dtype of the weights, bfloat16 where they are fp8."""
         stored = self.source.dtype(self.names["layers.0.self_attn.q_proj.weight"])
         return stored if stored in FLOAT_DTYPES else torch.bfloat16
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that are there, used or not."""
+        return len({name.split(".")[1] for name in self.names if name.startswith("layers.")})
+
+    def stored(self, name: str) -> tuple[torch.dtype | None, tuple[int, ...] | None]:
+        """The type of a tensor in the file, and the shape of its scale; None where there is none."""
+        scale = self.quantisation.scales.get(name)
+        return self.source.dtype(self.names[name]), None if scale is None else self.shape(scale)
+
+    def dense_dtype(self, name: str) -> torch.dtype:
+        """The type in which a weight loses nothing that matters: the stored one, bf16 for 8-bit floats."""
+        stored = self.source.dtype(self.names[name])
+        return stored if stored in FLOAT_DTYPES else torch.bfloat16
+
+    def check(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+        """The shapes of all weights of a model, in its order, after comparing them with the file's.
+
+        Raises:
+            ValueError: tensors are missing, of another shape, or not understood.
+        """
+        needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.check_names(set(needed), model.config.num_hidden_layers)
+        for name, expected in needed.items():
+            if (shape := self.shape(name)) != expected:
+                raise ValueError(
+                    f"{self.prefix}{name} in {self.path} has shape {list(shape)}, expected {list(expected)} for "
+                    f"{self.description}"
+                )
+        return needed
 
     @property
     def description(self) -> str:
@@ -296,18 +327,17 @@ class _LanguageModelWeights:
 
     def get_quantised(self, name: str, weight_format: WeightFormat, device: torch.device) -> tuple[Tensor, Tensor]:
         """A Linear's weight and scale in a format; fp8 numbers of the file are kept where their scales allow it."""
-        stored, shape = self.source.dtype(self.names[name]), self.shape(name)
-        scale = self.names.get(self.quantisation.scales.get(name, ""))
+        (stored, scale_shape), shape = self.stored(name), self.shape(name)
         kept = weight_format == "fp8" and stored in FLOAT8_DTYPES
-        if kept and (scale is None or has_row_scale(shape, self.shape(self.quantisation.scales[name]))):
+        if kept and (scale_shape is None or has_row_scale(shape, scale_shape)):
+            scale = self.names.get(self.quantisation.scales.get(name, ""))
             scales = torch.ones(()) if scale is None else self.source.get(scale)
             weight = self.source.get(self.names[name], mapped=device.type == "cpu").to(device)
             return weight, row_scale(scales, shape[0]).to(device)
-        dense = stored if stored in FLOAT_DTYPES else torch.bfloat16
-        return FORMATS[weight_format].quantise(self.get(name, dense, device, to_keep=False))
+        return FORMATS[weight_format].quantise(self.get(name, self.dense_dtype(name), device, to_keep=False))
 
 
-def _matching_config(weights: _LanguageModelWeights, config: TextEncoderConfig | None) -> TextEncoderConfig:
+def matching_config(weights: LanguageModelWeights, config: TextEncoderConfig | None) -> TextEncoderConfig:
     if config is None:
         for known in CONFIGS:
             if (known.family, known.hidden_size) == (weights.family, weights.hidden_size):
@@ -322,7 +352,7 @@ def _matching_config(weights: _LanguageModelWeights, config: TextEncoderConfig |
     return config
 
 
-def _settings(weights: _LanguageModelWeights, config: TextEncoderConfig) -> LanguageModelSettings:
+def language_model_settings(weights: LanguageModelWeights, config: TextEncoderConfig) -> LanguageModelSettings:
     """From config.json where that belongs to the weights, else from the table of known models."""
     file = weights.source.folder / "config.json"
     if file.is_file():
@@ -365,7 +395,9 @@ def _settings_from_json(data: dict[str, Any], file: Path, max_tokens: int) -> La
     return settings
 
 
-def _build_model(weights: _LanguageModelWeights, settings: LanguageModelSettings, num_layers: int) -> PreTrainedModel:
+def build_language_model(
+    weights: LanguageModelWeights, settings: LanguageModelSettings, num_layers: int
+) -> PreTrainedModel:
     """The network with ``num_layers`` layers, weights on the meta device."""
     from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model
 
@@ -396,19 +428,12 @@ def _build_model(weights: _LanguageModelWeights, settings: LanguageModelSettings
 
 def _load_weights(
     model: PreTrainedModel,
-    weights: _LanguageModelWeights,
+    weights: LanguageModelWeights,
     dtype: torch.dtype,
     device: torch.device,
     weight_format: WeightFormat | None,
 ) -> None:
-    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    weights.check_names(set(needed), model.config.num_hidden_layers)
-    for name, expected in needed.items():
-        if (shape := weights.shape(name)) != expected:
-            raise ValueError(
-                f"{weights.prefix}{name} in {weights.path} has shape {list(shape)}, expected {list(expected)} for "
-                f"{weights.description}"
-            )
+    needed = weights.check(model)
     quantised = _replace_linears(model) if weight_format else {}
     state = {name: weights.get(name, dtype, device) for name in needed if name not in quantised}
     for name, linear in quantised.items():

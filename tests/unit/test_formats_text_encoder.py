@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from flux2_kit.flux2_core import fp8
+from flux2_kit.flux2_core.cli import main
 from flux2_kit.flux2_core.linear import FORMATS, Linear
+from flux2_kit.flux2_core.quantized_text_encoder import quantise_text_encoder
+from flux2_kit.flux2_core.tensor_source import TensorSource
 from flux2_kit.flux2_core.text_encoder import TextEncoder, load_text_encoder
 from flux2_kit.flux2_core.variants import TextEncoderConfig
 from flux2_kit.flux2_core.weights import TINY_FILES, TINY_FOLDER
@@ -135,3 +139,102 @@ def test_bf16_is_a_precision_and_others_are_refused(folder):
         load(folder, precision="bf16", dtype=torch.float32)
     with pytest.raises(ValueError, match="allowed are bf16, fp8, nf4"):
         load(folder, precision="int8")
+
+
+# Files that are written
+
+
+FILE_FORMATS = ("fp8", "fp8-comfy")
+TOKENIZER = b'{"config": {}, "vocab": []}'
+
+
+def quantised(folder: Path, target: Path, file_format: Any) -> Path:
+    """The folder with quantised weights in it; Mistral's tokenizer goes into a file for ComfyUI."""
+    target.mkdir()
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (target / file.name).write_bytes(file.read_bytes())
+    (target / "tekken.json").write_bytes(TOKENIZER)
+    source = target / "source.safetensors"
+    source.write_bytes((folder / "model.safetensors").read_bytes())
+    path = quantise_text_encoder(source, target / "model.safetensors", file_format, config(family_of(folder)))
+    source.unlink()
+    (target / "tekken.json").unlink()
+    return path
+
+
+def family_of(folder: Path) -> str:
+    return "qwen3" if "qwen3" in folder.name else "mistral"
+
+
+@pytest.mark.parametrize("file_format", FILE_FORMATS)
+def test_a_written_file_holds_what_its_format_says(folder, tmp_path, file_format):
+    path = quantised(folder, tmp_path / "new", file_format)
+    plain, found = load_file(folder / "model.safetensors"), load_file(path)
+    metadata = TensorSource(path).metadata
+    num_layers = NUM_LAYERS if file_format == "fp8-comfy" else 3
+    linears = [name for name in plain if "_proj" in name and int(name.split(".")[1]) < num_layers]
+    others = [name for name in plain if "norm" in name and name.startswith("layers.")]
+    others = ["embed_tokens.weight", *(name for name in others if int(name.split(".")[1]) < num_layers)]
+    expected = {f"model.{name}" for name in (*linears, *others)} | {f"model.{name}_scale" for name in linears}
+    if file_format == "fp8-comfy":
+        expected |= {"model.norm.weight"} | ({"tekken_model"} if family_of(folder) == "mistral" else set())
+        layers = {f"model.{name.removesuffix('.weight')}": {"format": "float8_e4m3fn"} for name in linears}
+        assert json.loads(metadata["_quantization_metadata"]) == {"format_version": "1.0", "layers": layers}
+    else:
+        assert metadata["flux2_kit.weight_format"] == "fp8" and "_quantization_metadata" not in metadata
+    assert set(found) == expected
+    if "tekken_model" in found:
+        assert found["tekken_model"].numpy().tobytes() == TOKENIZER
+    for name in linears:
+        quantise = fp8.quantise if file_format == "fp8" else fp8.quantise_per_tensor
+        weight, scale = quantise(plain[name])
+        assert torch.equal(found[f"model.{name}"].float(), weight.float()), name
+        assert torch.equal(found[f"model.{name}_scale"], scale)
+    assert all(torch.equal(found[f"model.{name}"], plain[name].bfloat16()) for name in others)
+
+
+@pytest.mark.parametrize("file_format", FILE_FORMATS)
+def test_a_written_file_runs_without_a_second_quantisation_and_is_kept_when_written_again(
+    folder, tmp_path, file_format
+):
+    path = quantised(folder, tmp_path / "new", file_format)
+    if "mistral" in folder.name and file_format == "fp8-comfy":  # the tokenizer of this test is no real one
+        tensors = {name: tensor for name, tensor in load_file(path).items() if name != "tekken_model"}
+        save_file(tensors, path)
+        (path.parent / "tekken.json").write_bytes(TOKENIZER)
+    stored = load_file(path)
+    encoder = load(path.parent, precision="fp8")
+    for name, linear in encoder.model.named_modules():
+        if isinstance(linear, Linear):
+            assert torch.equal(linear.weight.float(), stored[f"model.{name}.weight"].float())
+    expected = load(folder, precision="fp8", dtype=torch.bfloat16).encode(PROMPTS).embeddings
+    assert relative(encoder.encode(PROMPTS).embeddings, expected) < (1e-6 if file_format == "fp8" else 0.2)
+    again = quantise_text_encoder(path, tmp_path / "again.safetensors", file_format, config(family_of(folder)))
+    for name, tensor in load_file(again).items():
+        if name in stored:
+            assert torch.equal(tensor.float(), stored[name].float()), name
+    spread = quantise_text_encoder(path, tmp_path / "spread.safetensors", "fp8", config(family_of(folder)))
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(load_file(spread)[name].float(), stored[name].float())
+
+
+def test_the_command_writes_one_and_refuses_what_does_not_fit(folder, random_tiny_files, tmp_path, capsys):
+    def run(*options: str) -> tuple[int, str]:
+        code = main(["quantize", "--output", str(tmp_path / "out.safetensors"), *options])
+        return code, capsys.readouterr().err
+
+    tiny = str(random_tiny_files.text_encoder)
+    code, said = run("--text_encoder", tiny, "--format", "fp8", "--lora_weight", "x.safetensors")
+    assert code == 1 and "--lora_weight is for a DiT" in said
+    code, said = run("--text_encoder", str(random_tiny_files.dit), "--format", "fp8")
+    assert code == 1 and "not a FLUX.2 text encoder" in said
+    if family_of(folder) == "mistral":
+        code, said = run("--text_encoder", str(folder), "--format", "fp8-comfy")
+        assert code == 1 and "no text encoder of FLUX.2" in said
+        with pytest.raises(ValueError, match=r"put tekken\.json of Mistral Small 3 beside"):
+            quantise_text_encoder(folder, tmp_path / "out.safetensors", "fp8-comfy", config("mistral"))
+    assert not list(tmp_path.iterdir())
+    assert run("--text_encoder", tiny, "--dit", tiny, "--format", "fp8")[0] == 2
+    assert run("--text_encoder", tiny, "--format", "fp8") == (0, "")
+    assert "model.layers.0.mlp.up_proj.weight_scale" in load_file(tmp_path / "out.safetensors")
