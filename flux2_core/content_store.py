@@ -57,7 +57,7 @@ def tensor_digest(tensor: Tensor) -> bytes:
     """SHA-256 of a tensor's numbers, its type and its shape."""
     host = tensor.detach().cpu().contiguous()
     state = hashlib.sha256(f"{host.dtype} {tuple(host.shape)} ".encode())
-    state.update(memoryview(host.flatten().view(torch.uint8).numpy()))
+    state.update(host.flatten().view(torch.uint8).numpy().tobytes())
     return state.digest()
 
 

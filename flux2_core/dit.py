@@ -10,6 +10,7 @@ Shapes: B batch, L text tokens, N image and reference tokens, D hidden size, H h
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .activation_checkpointing import Checkpointing, block_runner
 from .attention import apply_rope, attention, rope_table
+from .key_values import BlockKeyValues
 from .linear import Linear
 
 NORM_EPS = 1e-6
@@ -131,7 +133,10 @@ class DoubleBlock(nn.Module):
         rope: Tensor,
         img_modulation: list[tuple[Tensor, Tensor, Tensor]],
         txt_modulation: list[tuple[Tensor, Tensor, Tensor]],
+        references: BlockKeyValues | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if txt.shape[1] == 0:
+            return self._image_alone(img, rope, img_modulation, references), txt
         (img_shift1, img_scale1, img_gate1), (img_shift2, img_scale2, img_gate2) = img_modulation
         (txt_shift1, txt_scale1, txt_gate1), (txt_shift2, txt_scale2, txt_gate2) = txt_modulation
 
@@ -147,6 +152,8 @@ class DoubleBlock(nn.Module):
         q = apply_rope(torch.cat((txt_q, img_q), dim=2), rope)
         k = apply_rope(torch.cat((txt_k, img_k), dim=2), rope)
         v = torch.cat((txt_v, img_v), dim=2)
+        if references is not None:
+            k, v = references.join(k, v)
         txt_out, img_out = attention(q, k, v).split([txt.shape[1], img.shape[1]], dim=1)
 
         img = img + img_gate1 * self.img_attn.proj(img_out)
@@ -154,6 +161,23 @@ class DoubleBlock(nn.Module):
         txt = txt + txt_gate1 * self.txt_attn.proj(txt_out)
         txt = txt + txt_gate2 * self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2))
         return img, txt
+
+    def _image_alone(
+        self,
+        img: Tensor,
+        rope: Tensor,
+        modulation: list[tuple[Tensor, Tensor, Tensor]],
+        references: BlockKeyValues | None,
+    ) -> Tensor:
+        """The block without any text."""
+        (shift1, scale1, gate1), (shift2, scale2, gate2) = modulation
+        q, k, v = split_heads(self.img_attn.qkv(modulated_norm(img, shift1, scale1)), self.num_heads)
+        q, k = self.img_attn.norm(q, k)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if references is not None:
+            k, v = references.join(k, v)
+        img = img + gate1 * self.img_attn.proj(attention(q, k, v))
+        return img + gate2 * self.img_mlp(modulated_norm(img, shift2, scale2))
 
 
 class SingleBlock(nn.Module):
@@ -169,12 +193,21 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(hidden // config.num_heads)
         self.mlp_act = SwiGLU()
 
-    def forward(self, x: Tensor, rope: Tensor, modulation: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor,
+        modulation: tuple[Tensor, Tensor, Tensor],
+        references: BlockKeyValues | None = None,
+    ) -> Tensor:
         shift, scale, gate = modulation
         qkv, mlp = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
         q, k, v = split_heads(qkv, self.num_heads)
         q, k = self.norm(q, k)
-        attended = attention(apply_rope(q, rope), apply_rope(k, rope), v)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if references is not None:
+            k, v = references.join(k, v)
+        attended = attention(q, k, v)
         return x + gate * self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1))
 
 
@@ -277,8 +310,14 @@ class Flux2DiT(nn.Module):
         tokens: Tensor,  # [B, N, 128]
         sigma: Tensor,  # [B]
         prepared: PreparedInputs,
+        references: Sequence[BlockKeyValues] | None = None,
     ) -> Tensor:
-        """Returns the velocity ``[B, N, 128]`` of one step; see `forward`."""
+        """Returns the velocity ``[B, N, 128]`` of one step; see `forward`.
+
+        Args:
+            references: keys and values of references for each block, double blocks first, instead of their tokens; or
+                where those of the last tokens of this sequence are stored.
+        """
         vec = self.time_in(sinusoidal_embedding(sigma).to(tokens.dtype))
         if prepared.guidance is not None:
             vec = vec + prepared.guidance
@@ -288,11 +327,12 @@ class Flux2DiT(nn.Module):
 
         img, txt, rope = self.img_in(tokens), prepared.text, prepared.rope
         run = block_runner(self.checkpointing)
+        kept = iter(references if references is not None else ())
         for block in self.double_blocks:
-            img, txt = run(block, (img, txt), rope, img_modulation, txt_modulation)
+            img, txt = run(block, (img, txt), rope, img_modulation, txt_modulation, next(kept, None))
         x = torch.cat((txt, img), dim=1)
         for block in self.single_blocks:
-            x = run(block, (x,), rope, single_modulation)
+            x = run(block, (x,), rope, single_modulation, next(kept, None))
         return self.final_layer(x[:, txt.shape[1] :], vec)
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from PIL import Image
@@ -25,6 +25,7 @@ from .images import (
     tensor_to_images,
 )
 from .latents import MAX_SEED, seed_noise
+from .reference_cache import ReferenceCacheMode, reference_caches
 from .reference_store import ReferenceStore, reference_store
 from .sampling import StepCallback, denoise
 from .schedule import check_strength, sigma_schedule
@@ -64,6 +65,9 @@ class SamplingConfig:
     """Scale large references down by the rule of the reference implementation; otherwise only crop them to 16."""
     tile_autoencoder: bool = False
     """Encode and decode in strips: the same picture in less memory."""
+    reference_cache: ReferenceCacheMode = "auto"
+    """Whether references are computed once for all steps: auto where the variant was trained for it (klein-9b-kv);
+    approximate on others, which is faster and less exact."""
     strength: float = 1.0
     """How much of an initial picture is made anew: the last part of the schedule, see `schedule.sigma_schedule`."""
 
@@ -80,12 +84,15 @@ class SamplingConfig:
         if self.num_images < 1:
             raise ValueError(f"the number of images is {self.num_images}; it must be at least 1")
         check_strength(self.strength)
+        if self.reference_cache not in get_args(ReferenceCacheMode):
+            modes = ", ".join(get_args(ReferenceCacheMode))
+            raise ValueError(f"reference_cache is {self.reference_cache!r}; allowed are {modes}")
         for name, side in (("width", self.width), ("height", self.height)):
             if side is not None:
                 check_picture_side(name, side)
 
     def resolved(self, variant: Variant) -> SamplingConfig:
-        """The same with every None replaced by the variant's default.
+        """The same with every None and auto replaced by the variant's default.
 
         Raises:
             ValueError: an explicit setting that this variant has no input for.
@@ -95,6 +102,11 @@ class SamplingConfig:
                 f"guidance is {self.guidance}, but {variant.name} has no guidance embedder; "
                 "use cfg_scale, or leave it out"
             )
+        if self.reference_cache == ("approximate" if variant.has_reference_cache else "exact"):
+            other = "exact" if variant.has_reference_cache else "approximate"
+            raise ValueError(
+                f"reference_cache is {self.reference_cache}, but {variant.name} has the {other} one; use that, or auto"
+            )
         return replace(
             self,
             width=self.width or variant.default_size,
@@ -102,6 +114,9 @@ class SamplingConfig:
             num_steps=self.num_steps or variant.num_steps,
             cfg_scale=variant.cfg_scale if self.cfg_scale is None else self.cfg_scale,
             guidance=variant.guidance if self.guidance is None else self.guidance,
+            reference_cache=default_reference_cache(variant)
+            if self.reference_cache == "auto"
+            else self.reference_cache,
         )
 
     def sized_like(self, size: tuple[int, int], variant: Variant) -> SamplingConfig:
@@ -112,6 +127,11 @@ class SamplingConfig:
         """
         width, height = initial_size(*size, variant.default_size**2)
         return replace(self, width=self.width or width, height=self.height or height)
+
+
+def default_reference_cache(variant: Variant) -> ReferenceCacheMode:
+    """What the mode auto stands for."""
+    return "exact" if variant.has_reference_cache else "off"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,20 +398,25 @@ def sample_latents(
         noise = seed_noise(sampling.seed, sampling.num_images, sampling.height, sampling.width)
     check_initial(initial, mask, sampling, noise)
     num_tokens = (sampling.height // PIXELS_PER_LATENT) * (sampling.width // PIXELS_PER_LATENT)
-    return denoise(
-        dit,
-        noise,
-        text,
-        sigma_schedule(sampling.num_steps, num_tokens, sampling.flow_shift, strength=sampling.strength),
-        references=references,
-        guidance=sampling.guidance,
-        cfg_scale=sampling.cfg_scale,
-        negative_text=negative_text,
-        initial=initial,
-        mask=mask,
-        on_step=on_step,
-        should_stop=should_stop,
-    )
+    try:
+        return denoise(
+            dit,
+            noise,
+            text,
+            sigma_schedule(sampling.num_steps, num_tokens, sampling.flow_shift, strength=sampling.strength),
+            references=references,
+            reference_cache=sampling.reference_cache,
+            guidance=sampling.guidance,
+            cfg_scale=sampling.cfg_scale,
+            negative_text=negative_text,
+            initial=initial,
+            mask=mask,
+            on_step=on_step,
+            should_stop=should_stop,
+        )
+    finally:
+        if references:
+            reference_caches(dit).settle(dit.device)
 
 
 def check_initial(initial: Tensor | None, mask: Tensor | None, sampling: SamplingConfig, noise: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .dit import Flux2DiT
 from .latents import image_ids, latents_to_tokens, reference_tokens, text_ids, tokens_to_latents
+from .reference_cache import ReferenceCacheMode, reference_caches
 
 
 class Stopped(Exception):  # noqa: N818 - no error: the user asked for it
@@ -42,6 +43,7 @@ def denoise(
     sigmas: Tensor,
     *,
     references: Sequence[Tensor] = (),
+    reference_cache: ReferenceCacheMode = "off",
     guidance: float | None = None,
     cfg_scale: float = 1.0,
     negative_text: Tensor | None = None,
@@ -58,6 +60,7 @@ def denoise(
         text: ``[B, L, C]``, or ``[1, L, C]`` for the whole batch.
         sigmas: ``[num_steps + 1]`` from `schedule.sigma_schedule`.
         references: latents ``[B or 1, 128, h_i, w_i]``, in the order in which prompts count them.
+        reference_cache: off computes their tokens in every step, exact and approximate as `reference_cache` says.
         guidance: embedded guidance, for networks with a guidance embedder.
         cfg_scale: classifier-free guidance ``negative + cfg_scale * (positive - negative)``; both run as one batch.
         negative_text: like `text`; required when `cfg_scale` is not 1.
@@ -70,12 +73,15 @@ def denoise(
     batch, _, height, width = noise.shape
     use_cfg = cfg_scale != 1.0
     assert not use_cfg or negative_text is not None, "cfg_scale needs negative_text"
+    assert reference_cache != "auto", "the variant decides, see `pipeline.SamplingConfig.resolved`"
     device, dtype = dit.device, dit.dtype
 
     # 1. What stays the same over all steps.
-    ids = image_ids(height, width)
-    extra_tokens = None
-    if references:
+    ids = ids_of_image = image_ids(height, width)
+    extra_tokens = cached = None
+    if references and reference_cache == "exact":
+        cached = reference_caches(dit).exact(dit, references, guidance)
+    elif references:
         extra_tokens, extra_ids = reference_tokens([latents.expand(batch, -1, -1, -1) for latents in references])
         ids = torch.cat((ids, extra_ids))
         extra_tokens = extra_tokens.to(device, dtype)
@@ -88,6 +94,8 @@ def denoise(
     ids, ids_of_text = ids.to(device), text_ids(text.shape[1]).to(device)
     guidance_vector = torch.full((num_rows,), guidance, device=device) if guidance is not None else None
     prepared = dit.prepare(ids, text, ids_of_text, guidance_vector)
+    if extra_tokens is not None and reference_cache == "approximate":
+        cached = reference_caches(dit).new(dit, extra_tokens.shape[1], num_rows)
     levels = sigmas.tolist()
     level_vectors = torch.tensor(levels, dtype=torch.float32, device=device)[:, None].expand(-1, num_rows)
 
@@ -110,7 +118,10 @@ def denoise(
             tokens = torch.cat((tokens, tokens))
         if extra_tokens is not None:
             tokens = torch.cat((tokens, extra_tokens), dim=1)
-        velocity = dit.velocity(tokens, level_vectors[step], prepared)[:, :num_image_tokens].float()
+        velocity = dit.velocity(tokens, level_vectors[step], prepared, cached)[:, :num_image_tokens].float()
+        if extra_tokens is not None and cached is not None:  # from now on they are in the cache
+            prepared = dit.prepare(ids_of_image.to(device), text, ids_of_text, guidance_vector)
+            extra_tokens = None
         if use_cfg:
             negative, positive = velocity.chunk(2)
             velocity = negative + cfg_scale * (positive - negative)
