@@ -237,11 +237,26 @@ class TrainLoRA:
         return True
 
     @classmethod
-    def IS_CHANGED(cls, dit_name: str | None = None, **_: object) -> str:
+    def IS_CHANGED(
+        cls,
+        dit_name: str | None = None,
+        output_name: str | None = None,
+        resume: bool | None = None,
+        sample_prompts: str | None = None,
+        more_settings: str | None = None,
+        **_: object,
+    ) -> str:
+        # The dataset, its encoders and the widgets count without being named here: they change the graph themselves.
         try:
-            return host.fingerprint(host.model_path("dit", dit_name)) if dit_name is not None else ""
+            paths = [] if dit_name is None else [host.model_path("dit", dit_name)]
+            weights = read_more_settings(more_settings or "").get("network_weights")
+            paths += [] if weights is None else [weights]
+            for line in read_prompts(sample_prompts or ""):
+                paths += map(Path, parse_prompt_line(line).references)
+            state = [host.fingerprint(path) for path in paths]
         except (ValueError, OSError) as error:  # the run itself will say so on the node
             return str(error)
+        return "\n".join([*state, _made.since((output_name, resume))])
 
     @classmethod
     def train(
@@ -261,6 +276,7 @@ class TrainLoRA:
         run = _plan(widgets, sample_prompts, more_settings, resume=resume)
         fill_cache(dataset, unique_id)
         steps = _train(run, dataset, found, dit, unique_id)
+        _made.note((widgets["output_name"], resume), run.lora)
         return (
             LoraFile(path=run.lora),
             str(run.lora.relative_to(host.lora_directory().absolute())),
@@ -308,6 +324,29 @@ class Run:
             with Image.open(path) as image:
                 pictures.append(image.convert("RGB"))
         return pictures or [_blank("no sample pictures: write sample_prompts")]
+
+
+class _MadeFiles:
+    """LoRAs that nodes have made: ComfyUI keeps an output that is a path, whatever becomes of the file."""
+
+    def __init__(self) -> None:
+        self._files: dict[object, tuple[Path, str]] = {}
+        self._states: dict[object, str] = {}
+
+    def since(self, key: object) -> str:
+        """Stays the same until the file is no longer the one that was noted."""
+        if key in self._files:
+            path, noted = self._files[key]
+            now = host.fingerprint(path) if path.is_file() else "gone"
+            if now != noted:
+                self._states[key] = now
+        return self._states.get(key, "")
+
+    def note(self, key: object, path: Path) -> None:
+        self._files[key] = (path, host.fingerprint(path))
+
+
+_made = _MadeFiles()
 
 
 def check_name(name: str) -> None:

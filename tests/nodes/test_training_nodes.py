@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -268,6 +269,42 @@ def test_a_stopped_training_goes_on_where_it_was(executor, root, nodes, comfy):
     assert comfy.bars == [(5, 6), (6, 6)]
     whole, parts = (lora_file(root, name).read_bytes() for name in ("whole", "parts"))
     assert parts.replace(b"parts", b"whole") == whole
+
+
+def test_what_a_run_is_made_of_is_noticed_when_it_changes(executor, root, nodes):
+    """And nothing else: each change queues the node once, an unchanged graph never."""
+    shutil.copy(root / "input" / "shapes" / "0.png", root / "input" / "reference.png")
+    executor.run(trained(nodes, output_name="first", max_train_steps=1))
+    inputs = {"max_train_steps": 1, "output_name": "noticed", "sample_prompts": "a star --s 1 --ci reference.png"}
+    inputs["more_settings"] = 'preflight = false\nnetwork_weights = "flux2_kit/first.safetensors"'
+    prompt = trained(nodes, **inputs)
+
+    def runs(prompt: dict) -> bool:
+        try:
+            executor.run(prompt)
+        except ValueError:  # a finished run with other settings: it was looked at
+            return True
+        return "train" in executor.executed
+
+    assert runs(prompt) and not runs(prompt) and not runs(prompt)
+    for path in (root / "input" / "reference.png", lora_file(root, "first")):
+        os.utime(path, ns=(1, 1))
+        assert runs(prompt), path
+        assert not runs(prompt), path
+    assert runs(trained(nodes, **inputs, seed=1)) and not runs(prompt)
+
+    (root / "input" / "shapes" / "0.txt").write_text("another caption")
+    assert runs(prompt)
+    (root / "input" / "shapes" / "0.txt").write_text("red shape 0\n")
+
+    # The LoRA itself: another one in its place, and none.
+    executor.cache.clear()
+    assert runs(prompt) and not runs(prompt)
+    os.utime(lora_file(root, "noticed"), ns=(1, 1))
+    assert runs(prompt) and not runs(prompt)
+    lora_file(root, "noticed").rename(root / "elsewhere")
+    with pytest.raises(ValueError, match=r"noticed is trained, but .* has gone; put it back"):
+        executor.run(prompt)
 
 
 def test_a_finished_run_is_not_done_again_but_goes_on_when_it_is_made_longer(executor, root, nodes, comfy):
