@@ -1,8 +1,12 @@
 """One step of LoRA training: `python benchmarks/train.py [--variant tiny] [--device cpu] [--peer diffusers]`.
 
 Random weights; a step is noise, forward, loss, backward, clipping and AdamW, on cached latents and text. The peer is
-diffusers' transformer with PEFT on the same layers, in the same precision and of the same sizes. Each side runs in a
-process of its own, so that neither sees the other's memory. The last line is one JSON object.
+diffusers' transformer with PEFT on the same layers, in the same plain precision and of the same sizes, as its training
+script runs it: it has no fp8 that trains, no streaming, and compiles where we do. Each side has a process of its own,
+so that neither sees the other's memory, and both take their steps in turns, so that a busy machine slows both alike;
+`--apart` runs one after the other where a device does not hold both. The last line is one JSON object.
+
+On a GPU: `--device cuda --variant klein-9b --peer diffusers`, with `--precision fp8`, `--compile`, `--vram_budget 12`.
 """
 
 from __future__ import annotations
@@ -14,8 +18,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from machine import machine_facts
+
+NUM_WARMUPS = 3
 
 
 def main() -> None:
@@ -23,24 +30,33 @@ def main() -> None:
     parser.add_argument("--variant", default="tiny")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--precision", choices=("bf16", "fp8", "nf4"), help="of our base; default: plain, as --dtype")
     parser.add_argument("--size", type=int, help="side of the picture in pixels; default: the variant's own")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--checkpointing", choices=("none", "blocks", "offload"), help="default: blocks on a GPU")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--vram_budget", type=float, help="GiB for our side; what does not fit is streamed")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of both sides")
+    parser.add_argument("--rounds", type=int, default=10, help="turns of each side")
+    parser.add_argument("--repeats", type=int, default=3, help="steps a turn")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peer", choices=("diffusers",))
+    parser.add_argument("--apart", action="store_true", help="one side after the other instead of in turns")
     parser.add_argument("--side", choices=("ours", "diffusers"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        print(json.dumps(measure(options)))
+        serve(options)
         return
-    sides = {side: run_side(side) for side in ("ours", *((options.peer,) if options.peer else ()))}
-    print(f"{'':10}{'ms a step':>12}{'spread':>18}{'pictures/s':>12}{'peak GiB':>10}")
+    names = ["ours", *((options.peer,) if options.peer else ())]
+    sides: dict[str, Any] = {}
+    for group in [[name] for name in names] if options.apart else [names]:
+        sides |= run_sides(group, options.rounds)
+    print(f"{'':10}{'ms a step':>12}{'spread':>18}{'pictures/s':>12}{'peak GiB':>10}{'warm-up s':>11}")
     for side, found in sides.items():
         spread = f"{found['fastest_ms']:.1f} to {found['slowest_ms']:.1f}"
         peak = "-" if found["peak_gib"] is None else f"{found['peak_gib']:.2f}"
-        print(f"{side:10}{found['median_ms']:>12.1f}{spread:>18}{found['pictures_per_s']:>12.2f}{peak:>10}")
+        rate = 1000 * options.batch_size / found["median_ms"]
+        print(f"{side:10}{found['median_ms']:>12.1f}{spread:>18}{rate:>12.2f}{peak:>10}{found['warmup_s']:>11.1f}")
     result = {"benchmark": "train", **vars(options), "sides": sides, "ours_ms": sides["ours"]["median_ms"]}
     if options.peer:
         result |= {"peer_ms": sides[options.peer]["median_ms"]}
@@ -48,43 +64,85 @@ def main() -> None:
     print(json.dumps(result | machine_facts()))
 
 
-def run_side(side: str) -> dict:
-    """Measures one side in a new process."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
-    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(output.splitlines()[-1])
+def run_sides(names: list[str], num_rounds: int) -> dict[str, Any]:
+    """Lets sides take turns, each in a process of its own."""
+    processes = {
+        name: subprocess.Popen(
+            [sys.executable, __file__, *sys.argv[1:], "--side", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in names
+    }
+    found = {name: answer(process) for name, process in processes.items()}
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(num_rounds):
+        for name, process in processes.items():
+            samples[name] += ask(process, "turn")
+    for name, process in processes.items():
+        found[name] |= ask(process, "end")
+        process.wait()
+        found[name] |= {
+            "median_ms": statistics.median(samples[name]),
+            "fastest_ms": min(samples[name]),
+            "slowest_ms": max(samples[name]),
+            "samples_ms": samples[name],
+        }
+    return found
 
 
-def measure(options: argparse.Namespace) -> dict:
-    """Median and spread of a step in milliseconds, and the peak of memory."""
+def ask(process: subprocess.Popen[str], what: str) -> Any:
+    """What a side answers."""
+    assert process.stdin is not None
+    process.stdin.write(what + "\n")
+    process.stdin.flush()
+    return answer(process)
+
+
+def answer(process: subprocess.Popen[str]) -> Any:
+    """The next JSON line of a side; what else it prints is passed over."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(("{", "[")):
+            return json.loads(line)
+    raise SystemExit(f"a side ended early, with exit code {process.wait()}")
+
+
+def serve(options: argparse.Namespace) -> None:
+    """One side: answers every "turn" with times of steps in milliseconds, and "end" with the peak of memory."""
     import torch
 
     torch.set_num_threads(options.threads)
     is_gpu = torch.device(options.device).type == "cuda"
     options.dtype = options.dtype or ("bf16" if is_gpu else "fp32")
     options.checkpointing = options.checkpointing or ("blocks" if is_gpu else "none")
+
+    def wait() -> None:
+        if is_gpu:
+            torch.cuda.synchronize()
+
+    begin = time.perf_counter()
     step = {"ours": our_step, "diffusers": diffusers_step}[options.side](options)
-    samples = []
-    for repeat in range(options.repeats + 2):
-        if is_gpu:
-            torch.cuda.synchronize()
-        if is_gpu and repeat == 2:
-            torch.cuda.reset_peak_memory_stats()
-        begin = time.perf_counter()
+    for _ in range(NUM_WARMUPS):
         step()
-        if is_gpu:
-            torch.cuda.synchronize()
-        samples.append(1000 * (time.perf_counter() - begin))
-    samples = samples[2:]
-    median = statistics.median(samples)
-    return {
-        "median_ms": median,
-        "fastest_ms": min(samples),
-        "slowest_ms": max(samples),
-        "samples_ms": samples,
-        "pictures_per_s": 1000 * options.batch_size / median,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if is_gpu else peak_of_process(),
-    }
+    wait()
+    print(json.dumps({"warmup_s": time.perf_counter() - begin}), flush=True)
+    if is_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    for line in sys.stdin:
+        if line.strip() == "end":
+            break
+        samples = []
+        for _ in range(options.repeats):
+            wait()
+            begin = time.perf_counter()
+            step()
+            wait()
+            samples.append(1000 * (time.perf_counter() - begin))
+        print(json.dumps(samples), flush=True)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else peak_of_process()
+    print(json.dumps({"peak_gib": peak}), flush=True)
 
 
 def peak_of_process() -> float | None:
@@ -118,21 +176,45 @@ def make_inputs(options: argparse.Namespace) -> dict:
     }
 
 
+def make_our_dit(options: argparse.Namespace, dtype: Any) -> Any:
+    """A DiT of random weights in the precision that is asked for, as a budget places it."""
+    import torch
+    from flux2_kit.flux2_core.dit import Flux2DiT
+    from flux2_kit.flux2_core.variants import get_variant
+
+    if options.precision is None and options.vram_budget is None:
+        with torch.device(options.device):
+            torch.set_default_dtype(dtype)
+            dit = Flux2DiT(get_variant(options.variant).dit).requires_grad_(False)
+            torch.set_default_dtype(torch.float32)
+        dit.checkpointing = options.checkpointing
+        return dit
+    if dtype != torch.bfloat16:
+        raise SystemExit("--precision and --vram_budget take bf16 activations: give --dtype bf16")
+    from memory import make_dit, plan_of
+
+    case = {"variant": options.variant, "device": options.device, "size": options.size, "kind": "train"}
+    case |= {"precision": options.precision or "auto", "budget": options.vram_budget}
+    found = plan_of(case)
+    if isinstance(found, str):
+        raise SystemExit(found)
+    plan, _ = found
+    dit = make_dit(case, plan)
+    dit.checkpointing = plan.checkpointing if options.vram_budget else options.checkpointing
+    return dit
+
+
 def our_step(options: argparse.Namespace) -> Callable[[], None]:
     """A step as `training.lora_recipe` takes it."""
     import torch
-    from flux2_kit.flux2_core.dit import Flux2DiT
     from flux2_kit.training.adapters import AdapterConfig, TrainableAdapters
     from flux2_kit.training.flow_matching import velocity_losses
     from flux2_kit.training.optimizers import OptimizerConfig, make_optimizer
 
     inputs = make_inputs(options)
-    with torch.device(options.device):
-        torch.set_default_dtype(inputs["dtype"])
-        dit = Flux2DiT(inputs["variant"].dit).requires_grad_(False)
-        torch.set_default_dtype(torch.float32)
-    dit.checkpointing = options.checkpointing
+    dit = make_our_dit(options, inputs["dtype"])
     adapters = TrainableAdapters(dit, AdapterConfig(rank=options.rank), generator=torch.Generator().manual_seed(0))
+    adapters.to(dit.device)
     adapters.attach()
     parameters = list(adapters.parameters())
     optimizer = make_optimizer(adapters.parameter_groups(1e-4), OptimizerConfig())
@@ -181,6 +263,8 @@ def diffusers_step(options: argparse.Namespace) -> Callable[[], None]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
+    if options.compile:
+        model.compile_repeated_blocks(dynamic=True)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     latents = inputs["latents"]
     device, side = latents.device, latents.shape[-1]

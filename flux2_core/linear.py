@@ -17,11 +17,30 @@ Precision = Literal["bf16", "fp8", "nf4"]
 """How weights are kept: plain, or in a `WeightFormat`."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LowRank:
+    """A change of a Linear's output that is ``scale * x A^T B^T``."""
+
+    lora_A: Tensor
+    """``[rank, in]``, what takes the gradient."""
+    lora_B: Tensor
+    """``[rows, rank]``"""
+    running_A: Tensor
+    """The same numbers in the type of the input, what is computed with."""
+    running_B: Tensor
+    scale: float
+    rows: tuple[int, int] | None = None
+    """First row of the output that changes, and the one after the last; None for all."""
+
+
 class Adapter(Protocol):
     """Something that changes the output of a Linear without touching its weight.
 
     An adapter with an attribute ``needs_weight`` that is False does not look at the weight, which then may come
     quantised. Without that attribute, or where it is True, a quantised weight is multiplied out for every call.
+
+    One with a method ``low_rank(x)`` that gives a `LowRank` for this input is added by products alone and is not
+    called, where the other adapters of the layer are of this kind as well; it gives None where it is not.
     """
 
     def __call__(self, x: Tensor, output: Tensor, weight: Tensor) -> Tensor:
@@ -39,11 +58,17 @@ class Functions:
     """Both back to a dense weight."""
     multiply: Callable[[Tensor, Tensor, Tensor], Tensor]
     """Input, quantised weight and scale to the output, in the input's type."""
+    multiply_back: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Gradient of the output ``[M, out]``, quantised weight and scale to that of the input, in the gradient's type."""
 
 
 FORMATS: dict[WeightFormat, Functions] = {
-    "fp8": Functions(quantise=fp8.quantise, dequantise=fp8.dequantise, multiply=fp8.multiply),
-    "nf4": Functions(quantise=nf4.quantise, dequantise=nf4.dequantise, multiply=nf4.multiply),
+    "fp8": Functions(
+        quantise=fp8.quantise, dequantise=fp8.dequantise, multiply=fp8.multiply, multiply_back=fp8.multiply_back
+    ),
+    "nf4": Functions(
+        quantise=nf4.quantise, dequantise=nf4.dequantise, multiply=nf4.multiply, multiply_back=nf4.multiply_back
+    ),
 }
 
 
@@ -69,7 +94,7 @@ def split_precision(
 class _FrozenProduct(torch.autograd.Function):
     """``x W^T`` of a quantised weight that takes no gradient.
 
-    Kept for the backward pass are the quantised tensors, which are in memory anyway; the dense weight is made again.
+    Kept for the backward pass are the quantised tensors, which are in memory anyway.
     """
 
     @staticmethod
@@ -82,8 +107,100 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         weight, scale = ctx.saved_tensors
-        dense = FORMATS[ctx.weight_format].dequantise(weight, scale, gradient.dtype)
-        return (gradient @ dense).to(ctx.dtype), None, None, None
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        result = FORMATS[ctx.weight_format].multiply_back(rows, weight, scale)
+        return result.view(*gradient.shape[:-1], -1).to(ctx.dtype), None, None, None
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """``x W^T + sum of scale * x A^T B^T`` with a frozen weight, plain or quantised: one node with no sums of its own.
+
+    Arguments are those of `adapted_product`. Kept are the input, ``scale * x A^T``, and what is in memory anyway:
+    weight and factors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor | None,
+        weight_format: WeightFormat | None,
+        settings: tuple[tuple[float, tuple[int, int] | None], ...],
+        *factors: Tensor,
+    ) -> Tensor:
+        output, inner = adapted_product(x, weight, weight_scale, weight_format, settings, *factors)
+        ctx.weight_format, ctx.settings = weight_format, settings
+        ctx.types = [factor.dtype for factor in factors]
+        ctx.save_for_backward(x, weight, weight_scale, *factors[2::4], *factors[3::4], *inner)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (full,) = gradients
+        x, weight, weight_scale, *kept = ctx.saved_tensors
+        count = len(ctx.settings)
+        rows, gradient = x.reshape(-1, x.shape[-1]), full.reshape(-1, full.shape[-1])
+        result: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            if ctx.weight_format is None:
+                result = gradient @ weight
+            else:
+                result = FORMATS[ctx.weight_format].multiply_back(gradient, weight, weight_scale)
+        found: list[Tensor | None] = []
+        for number, (scale, place) in enumerate(ctx.settings):
+            running_A, running_B, inner = kept[number::count]
+            part = gradient if place is None else gradient[:, slice(*place)]
+            needs_A, needs_B = ctx.needs_input_grad[5 + 4 * number : 7 + 4 * number]
+            to_A = to_B = back = None
+            if needs_A or result is not None:
+                back = _times(part @ running_B, scale)
+            if needs_A and back is not None:
+                to_A = (back.t() @ rows).to(ctx.types[4 * number])
+            if needs_B:
+                to_B = (part.t() @ inner).to(ctx.types[4 * number + 1])
+            if result is not None and back is not None:
+                result.addmm_(back, running_A)
+            found += [to_A, to_B, None, None]
+        return (None if result is None else result.view_as(x)), None, None, None, None, *found
+
+
+def adapted_product(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    weight_format: WeightFormat | None,
+    settings: tuple[tuple[float, tuple[int, int] | None], ...],
+    *factors: Tensor,
+) -> tuple[Tensor, list[Tensor]]:
+    """The output ``[..., out]`` of a Linear with changes of low rank, and ``scale * x A^T`` ``[M, rank]`` of each.
+
+    Args:
+        x: ``[..., in]``
+        weight, weight_scale: plain, or of a format.
+        settings: scale and rows of each `LowRank`.
+        factors: its four tensors, one `LowRank` after the other.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if weight_format is None:
+        output = rows @ weight.t()
+    else:
+        assert weight_scale is not None
+        output = FORMATS[weight_format].multiply(rows, weight, weight_scale)
+    inner = []
+    for (scale, place), running_A, running_B in zip(settings, factors[2::4], factors[3::4], strict=True):
+        inner.append(_times(rows @ running_A.t(), scale))
+        (output if place is None else output[:, slice(*place)]).addmm_(inner[-1], running_B.t())
+    return output.view(*x.shape[:-1], -1), inner
+
+
+def _times(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1 else x.mul_(scale)
+
+
+def _low_rank(adapter: Adapter, x: Tensor) -> LowRank | None:
+    make = getattr(adapter, "low_rank", None)
+    return None if make is None else make(x)
 
 
 class Linear(nn.Linear):
@@ -103,6 +220,11 @@ class Linear(nn.Linear):
         self.register_buffer("weight_scale", None)
 
     def forward(self, input: Tensor) -> Tensor:
+        is_plain = not (self.weight.requires_grad or torch.is_autocast_enabled(input.device.type))
+        if self.adapters and is_plain:
+            changes = [_low_rank(adapter, input) for adapter in self.adapters]
+            if all(change is not None for change in changes):
+                return self._multiply_adapted(input, [change for change in changes if change is not None])
         output = result = self._multiply(input)
         for adapter in self.adapters:
             result = result + adapter(input, output, self._weight_for(adapter, input.dtype))
@@ -144,6 +266,14 @@ class Linear(nn.Linear):
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         return _FrozenProduct.apply(input, self.weight, self.weight_scale, self.weight_format)  # pyright: ignore
+
+    def _multiply_adapted(self, input: Tensor, changes: list[LowRank]) -> Tensor:
+        settings = tuple((change.scale, change.rows) for change in changes)
+        factors = [t for c in changes for t in (c.lora_A, c.lora_B, c.running_A, c.running_B)]
+        options = (input, self.weight, self.weight_scale, self.weight_format, settings, *factors)
+        if not torch.is_grad_enabled():
+            return adapted_product(*options)[0]
+        return _AdaptedProduct.apply(*options)  # pyright: ignore
 
     def _weight_for(self, adapter: Adapter, dtype: torch.dtype) -> Tensor:
         if self.weight_format is None or not getattr(adapter, "needs_weight", True):

@@ -17,7 +17,7 @@ from torch import Tensor
 from .checkpoint import DiTReader, dit_metadata, fits_type
 from .dit import Flux2DiT
 from .files import stream_safetensors
-from .linear import Linear
+from .linear import Linear, LowRank
 from .lora_factors import Factors, Lora, LoraFactors, LoraReport, group_layers
 from .lora_files import linear_shapes
 from .tensor_source import TORCH_DTYPES
@@ -123,6 +123,21 @@ class LiveFactors:
             return change
         start, stop = factors.rows
         return F.pad(change, (start, self.out_features - stop))
+
+    def low_rank(self, x: Tensor) -> LowRank | None:
+        """A plain LoRA as products alone, see `linear.Adapter`."""
+        if self._gain is not None or not isinstance(self.factors, LoraFactors):
+            return None
+        running = self._prepare(x)
+        assert isinstance(running, LoraFactors)
+        return LowRank(
+            lora_A=running.lora_A,
+            lora_B=running.lora_B,
+            running_A=running.lora_A,
+            running_B=running.lora_B,
+            scale=running.scale * self.strength,
+            rows=running.rows,
+        )
 
     def _prepare(self, x: Tensor) -> Factors:
         """The factors in the type and on the device of ``x``."""

@@ -15,7 +15,8 @@ q, k, v 3 u, attention 1 u: all of these 10 u have names until the block ends. T
 it is after the attention (n) and its own input (n): its first Linear gives 6 n, SiLU 3 n, the product 3 n. Together
 **10 u + 14 n**.
 
-Linears with an adapter hold three tensors of their output's size at once: 2 + 27 = 29 u for ``linear1``.
+Linears with plain LoRAs add these in place. With another adapter they hold three tensors of their output's size at
+once: 2 + 27 = 29 u for ``linear1``.
 
 In training, a single block keeps for its backward pass its input, the input of ``linear1``, its output (9 u), rotated q
 and k, the attention, SiLU (3 u) and the input of ``linear2`` (4 u): **21 u**. A double block keeps **24 u**, the
@@ -195,7 +196,7 @@ class Computation:
     is_cuda: bool
     """CUDA multiplies fp8 in 8 bits and has RMSNorm in one kernel."""
     is_adapted: bool
-    """Whether LoRAs act on the blocks."""
+    """Whether adapters that may be other than plain LoRAs act on the blocks."""
 
 
 def _linear_peak(how: Computation, base: float, width_in: float, width_out: float, dense: int, factor: int) -> float:
@@ -246,7 +247,10 @@ def _input_bytes(config: DiTConfig, tokens: TokenCounts, item_bytes: int) -> int
 
 
 def saved_bytes(config: DiTConfig, tokens: TokenCounts, how: Computation, rank: int) -> tuple[int, int]:
-    """What a double and a single block keep for their backward pass, adapters of ``rank`` on all Linears."""
+    """What a double and a single block keep for their backward pass, adapters of ``rank`` on all Linears.
+
+    The factors are aside: they are cast to the type of the activations once for all blocks and passes of a step.
+    """
     vector = tokens.num_rows * config.hidden_size * how.item_bytes
     u = (tokens.num_tokens + tokens.num_text_tokens) * vector
     norms = 0 if how.is_cuda or how.item_bytes == 4 else UNFUSED_NORM_SAVED
@@ -254,9 +258,8 @@ def saved_bytes(config: DiTConfig, tokens: TokenCounts, how: Computation, rank: 
 
     def adapters(shapes: Sequence[Shape], share: int) -> int:
         matrices = [shape for shape in shapes if len(shape) > 1]
-        casts = 0 if how.item_bytes == 4 else sum(map(sum, matrices)) * rank * how.item_bytes
         inner = len(matrices) * rank * how.item_bytes * tokens.num_rows // share
-        return casts + inner * (tokens.num_tokens + tokens.num_text_tokens)
+        return inner * (tokens.num_tokens + tokens.num_text_tokens)
 
     # In a double block every Linear sees the tokens of one stream alone.
     return (
@@ -286,7 +289,8 @@ def training_bytes(
         peak = kept + max(steps) - (single if config.num_single_blocks else double)
     else:
         peak = max(steps) + ((num_blocks - 1) if checkpointing == "blocks" else OFFLOADED_INPUTS) * u
-    return round(peak) + _input_bytes(config, tokens, how.item_bytes)
+    casts = 0 if how.item_bytes == 4 else adapter_parameters(config, rank) * how.item_bytes
+    return round(peak) + casts + _input_bytes(config, tokens, how.item_bytes)
 
 
 def adapter_parameters(config: DiTConfig, rank: int) -> int:

@@ -53,6 +53,11 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return F.linear(x, dequantise(weight, scale, x.dtype))
 
 
+def multiply_back(gradient: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """``gradient weight`` in the type of the gradient ``[M, out]``: that of what `multiply` was given."""
+    return gradient @ dequantise(weight, scale, gradient.dtype)
+
+
 def _functional() -> ModuleType:
     try:
         import bitsandbytes.functional as functional

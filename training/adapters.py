@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..flux2_core.dit import Flux2DiT
-from ..flux2_core.linear import Linear
+from ..flux2_core.linear import Linear, LowRank
 from ..flux2_core.lora import linear_layers, matching_layers
 from ..flux2_core.lora_factors import Factors, LokrFactors, Lora, LoraFactors, LoraReport, group_layers
 from ..flux2_core.lora_files import linear_shapes
@@ -189,9 +190,21 @@ class TrainedLora(TrainedAdapter):
         lora_A = _kaiming(config.rank, weight.shape[1], generator)
         tensors = {"lora_A": lora_A, "lora_B": torch.zeros(weight.shape[0], config.rank)}
         super().__init__(weight, tensors, config.scale, config)
+        self.held: dict[torch.dtype, tuple[Tensor, ...]] = {}
+        """Both parameters in another type, see `TrainableAdapters.cast_once`."""
 
     def factors(self) -> LoraFactors:
         return LoraFactors(lora_A=self.lora_A, lora_B=self.lora_B)
+
+    def low_rank(self, x: Tensor) -> LowRank | None:
+        """The change as products alone, see `flux2_core.linear.Adapter`; None with DoRA or dropout."""
+        if self.magnitude is not None or (self.dropout and self.training):
+            return None
+        factors = (self.lora_A, self.lora_B)
+        running = self.held.get(x.dtype) or tuple(factor.detach().to(x.dtype) for factor in factors)
+        return LowRank(
+            lora_A=factors[0], lora_B=factors[1], running_A=running[0], running_B=running[1], scale=self.scale
+        )
 
     def _widened(self, name: str, tensor: Tensor) -> Tensor:
         if name == "lora_A" and tensor.shape[0] < self.lora_A.shape[0]:
@@ -284,6 +297,30 @@ class TrainableAdapters(nn.Module):
         """Takes them off again; other adapters stay."""
         for name, linear in self.linears.items():
             linear.adapters = tuple(adapter for adapter in linear.adapters if adapter is not self.adapter(name))
+
+    @contextmanager
+    def cast_once(self, dtype: torch.dtype) -> Iterator[None]:
+        """LoRAs are cast to a type once for all passes inside of the block, in which the parameters must not change.
+
+        Elsewhere they are cast in every pass, and twice where activations are computed again.
+        """
+        layers = [layer for layer in self.layers.values() if isinstance(layer, TrainedLora)]
+        if dtype == torch.float32 or self.config.dora or self.config.dropout or not layers:
+            yield
+            return
+        parameters: list[Tensor] = [parameter for layer in layers for parameter in (layer.lora_A, layer.lora_B)]
+        flat = torch.empty(sum(map(Tensor.numel, parameters)), dtype=dtype, device=parameters[0].device)
+        parts = flat.split([parameter.numel() for parameter in parameters])
+        casts = [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
+        with torch.no_grad():
+            torch._foreach_copy_(casts, parameters)  # pyright: ignore[reportPrivateImportUsage]
+        for number, layer in enumerate(layers):
+            layer.held = {dtype: (casts[2 * number], casts[2 * number + 1])}
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.held = {}
 
     def parameter_groups(self, learning_rate: float, loraplus_ratio: float | None = None) -> list[dict[str, Any]]:
         """For an optimiser: ``params``, ``lr`` and a ``name`` each.

@@ -217,7 +217,7 @@ class LoraRun:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         total = torch.zeros((), device=self.device)
-        with self._random_state(step):
+        with self._random_state(step), self.adapters.cast_once(self.dit.dtype):
             for batch in batches:
                 for group in by_shape(batch):
                     loss = self._losses(group).sum() / num_samples
@@ -348,7 +348,7 @@ class LoraRun:
             return
         num_sigmas = self.config.monitor.num_validation_sigmas
         total = torch.zeros((), device=self.device)
-        with self._inference_weights(), torch.no_grad():
+        with self._inference_weights(), torch.no_grad(), self.adapters.cast_once(self.dit.dtype):
             for index, item in enumerate(self.dataset.validation):
                 if index % self.processes.count != self.processes.index:
                     continue
@@ -474,7 +474,7 @@ class LoraRun:
     def _fits(self, group: Group) -> bool:
         """Whether there is memory for a forward and backward pass."""
         try:
-            with self._random_state(0):
+            with self._random_state(0), self.adapters.cast_once(self.dit.dtype):
                 self.scaler.scale(self._losses(group).sum()).backward()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from flux2_kit.flux2_core.dit import DiTConfig, Flux2DiT
 from flux2_kit.flux2_core.latents import image_ids, text_ids
 from flux2_kit.flux2_core.linear import Linear
-from flux2_kit.flux2_core.lora import LoraSetting, apply_loras, linear_layers
+from flux2_kit.flux2_core.lora import LiveFactors, LoraSetting, apply_loras, linear_layers
 from flux2_kit.flux2_core.lora_factors import DiffFactors, Lora, LoraFactors, LoraReport
 from flux2_kit.flux2_core.lora_files import linear_shapes, read_lora
 from flux2_kit.flux2_core.lora_writer import write_lora
@@ -587,3 +589,52 @@ def test_kinds_that_are_not_trained_imply_no_config():
 )
 def test_shapes_of_lokr_are_those_of_lycoris(shape, rank, factor, expected):
     assert lokr_shapes(shape, AdapterConfig(kind="lokr", rank=rank, lokr_factor=factor)) == expected
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "blocks"])
+def test_masters_are_cast_once_for_all_passes_of_a_step(checkpointing, monkeypatch):
+    gradients, casts = [], []
+    to = Tensor.to
+
+    def count(self, *args, **kwargs):
+        casts[-1] += self.data_ptr() in masters and args[:1] == (torch.bfloat16,)
+        return to(self, *args, **kwargs)
+
+    for held in (False, True):
+        dit = build_dit().bfloat16()
+        dit.checkpointing = checkpointing
+        adapters = TrainableAdapters(dit, KINDS["LoRA, alpha"], generator=seeded())
+        make_trained(adapters)
+        adapters.attach()
+        masters = {parameter.data_ptr() for parameter in adapters.parameters()}
+        casts.append(0)
+        with monkeypatch.context() as patch, adapters.cast_once(torch.bfloat16) if held else nullcontext():
+            patch.setattr(Tensor, "to", count)
+            run(dit).float().square().mean().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in adapters.parameters()]))
+        assert not any(layer.held for layer in adapters.layers.values())
+    assert torch.equal(*gradients) and gradients[0].count_nonzero()
+    assert casts == [len(masters) * (2 if checkpointing == "blocks" else 1), 0]
+
+
+def test_layers_with_several_loras_of_separate_rows_add_up_in_one_product():
+    layer, adapter = one_layer(AdapterConfig(rank=4, alpha=6.0), 96, 64)
+    make = functools.partial(torch.randn, generator=seeded(5))
+    parts = [
+        LiveFactors(LoraFactors(lora_A=make(3, 64), lora_B=make(32, 3), alpha=1.5, rows=rows), 0.7, layer.weight)
+        for rows in ((0, 32), (64, 96))
+    ]
+    layer.adapters = (*parts, adapter)
+    x = make(2, 5, 64).requires_grad_()
+    output = layer(x)
+    dense = layer.weight + adapter.factors().delta() * 1.5
+    for part in parts:
+        rows = F.pad(0.7 * part.factors.delta(), (0, 0, part.factors.rows[0], 96 - part.factors.rows[1]))
+        dense = dense + rows
+    expected = F.linear(x, dense)
+    torch.testing.assert_close(output, expected)
+    gradient = make(2, 5, 96)
+    got = torch.autograd.grad(output, (x, adapter.lora_A, adapter.lora_B), gradient)
+    wanted = torch.autograd.grad(expected, (x, adapter.lora_A, adapter.lora_B), gradient)
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other)

@@ -195,8 +195,31 @@ def test_backward_keeps_nothing_but_what_is_in_memory_anyway(generator, monkeypa
     gradient = torch.randn(output.shape, generator=generator)
     output.backward(gradient)
     assert x.grad is not None
-    assert relative(x.grad, gradient @ linear.dense_weight(torch.float32)) < 1e-6
+    error = relative(x.grad, gradient @ linear.dense_weight(torch.float32))
+    assert 0.02 < error < 0.03 if mode == "rows" and weight_format == "fp8" else error < 1e-6
     assert linear.weight.grad is None
+
+
+@pytest.mark.parametrize("mode", ["rows", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_8_bit_gradient_is_that_of_the_rounded_factors(generator, monkeypatch, mode, dtype):
+    monkeypatch.setitem(fp8._scaled_mm, -1, mode)
+    linear = make_linear(generator, None, 160, 96)
+    linear.weight.mul_(torch.logspace(-1, 1, 96)[:, None])  # scales that differ along the sum
+    linear.quantise("fp8")
+    assert linear.weight_scale is not None
+    x = torch.randn(2, 24, 160, generator=generator).to(dtype).requires_grad_()
+    gradient = torch.randn(2, 24, 96, generator=generator) * torch.logspace(-4, 2, 24)[:, None]
+    gradient = gradient.to(dtype)
+    linear(x).backward(gradient)
+    assert x.grad is not None and x.grad.dtype == dtype
+    wide = torch.float32 if dtype == torch.float16 else dtype
+    quantised, scale = fp8.quantise_rows(gradient.to(wide) * linear.weight_scale[:, 0].to(wide))
+    expected = (quantised.float() * scale) @ linear.weight.float()
+    assert relative(x.grad, expected) < 5e-3  # bf16 gives 2e-3
+    exact = gradient.float() @ linear.dense_weight(torch.float32)
+    errors = [relative(x.grad[0, row], exact[0, row]) for row in range(24)]
+    assert min(errors) > 0.015 and max(errors) < 0.04  # of small gradients as of large ones
 
 
 @pytest.mark.parametrize(("weight_format", "mode"), [("fp8", None), ("fp8", "rows"), ("nf4", None)])
@@ -215,8 +238,9 @@ def test_gradient_checkpointing_and_autocast(generator, monkeypatch, weight_form
     assert narrow.dtype == torch.float32 and relative(narrow, plain) < 0.04
 
 
-@pytest.mark.parametrize("weight_format", FORMAT_NAMES)
-def test_it_compiles_as_one_graph(generator, weight_format):
+@pytest.mark.parametrize(("weight_format", "mode"), [("fp8", None), ("fp8", "rows"), ("nf4", None)])
+def test_it_compiles_as_one_graph(generator, monkeypatch, weight_format, mode):
+    monkeypatch.setitem(fp8._scaled_mm, -1, mode)
     linear = make_linear(generator, weight_format)
     x = torch.randn(4, 160, generator=generator, requires_grad=True)
     output = torch.compile(linear, backend="aot_eager", fullgraph=True)(x)
