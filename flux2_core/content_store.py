@@ -61,9 +61,20 @@ def tensor_digest(tensor: Tensor) -> bytes:
     return state.digest()
 
 
-def weights_state(module: nn.Module) -> Hashable:
-    """Differs after any weight was replaced, moved, cast or written into; a look at its numbers is not needed."""
+def weights_state(module: nn.Module, *, moves: bool = False) -> Hashable:
+    """Differs after a weight was replaced, cast or written into; a look at its numbers is not needed.
+
+    Args:
+        moves: whether it moves between devices: then only parameters count, not where they are, and who replaces the
+            data of one has to say so (`torch.autograd.graph.increment_version`).
+    """
+    tensors = [*module.parameters(), *(() if moves else module.buffers())]
     return tuple(
-        (name, id(tensor), tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version)
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        (
+            id(tensor),
+            tensor.dtype,
+            0 if tensor.is_inference() else tensor._version,
+            None if moves else tensor.data_ptr(),
+        )
+        for tensor in tensors
     )

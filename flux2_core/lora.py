@@ -206,6 +206,7 @@ def merge_loras(dit: Flux2DiT, settings: Sequence[LoraSetting]) -> None:
     _check_plain(layers)
     for name, factors in changes.items():
         layers[name].weight.data = merged_weight(layers[name].weight, factors)
+        torch.autograd.graph.increment_version(layers[name].weight)  # results of the old weight are told by that
 
 
 def merged_weight(weight: Tensor, changes: Iterable[tuple[Factors, float]], *, in_place: bool = False) -> Tensor:

@@ -43,6 +43,7 @@ from .memory_estimates import (
     text_encoding_bytes,
     training_bytes,
 )
+from .reference_memory import Place, cached_step_bytes, first_pass_bytes, reference_cache_bytes
 from .streaming import RING_SIZE, streamed_indices
 from .variants import Variant
 
@@ -76,6 +77,8 @@ class MemoryNeeds:
     height: int | None = None
     reference_sizes: tuple[tuple[int, int], ...] = ()
     """Width and height of references, in pixels, as they are encoded."""
+    reference_cache: Literal["off", "exact", "approximate"] | None = None
+    """Whether references are computed once for all steps, see `reference_cache`; None: as the variant does."""
     num_images: int = 1
     """Pictures at once; in training, samples of a batch."""
     uses_cfg: bool | None = None
@@ -138,6 +141,19 @@ class MemoryRequest:
         )
 
     @property
+    def num_reference_tokens(self) -> int:
+        """Of `tokens`, those of references."""
+        sizes = self.needs.reference_sizes
+        return sum((width // PIXELS_PER_LATENT) * (height // PIXELS_PER_LATENT) for width, height in sizes)
+
+    @property
+    def reference_cache(self) -> Literal["off", "exact", "approximate"]:
+        """How references are cached, if there are any."""
+        if not self.needs.reference_sizes or self.rank is not None:
+            return "off"
+        return self.needs.reference_cache or ("exact" if self.variant.has_reference_cache else "off")
+
+    @property
     def size(self) -> tuple[int, int]:
         """Width and height in pixels."""
         default = self.variant.default_size
@@ -181,6 +197,8 @@ class MemoryPlan:
     """How pictures run through the autoencoder."""
     checkpointing: TrainingMode | None
     """For training."""
+    reference_cache: Place | None = None
+    """Where keys and values of references are kept; None where there are none."""
     text_encoding_bytes: int
     """Peak on the device in each stage."""
     sampling_bytes: int
@@ -209,8 +227,8 @@ def plan_memory(request: MemoryRequest, budget_bytes: int | None, host_bytes: in
         ValueError: it cannot be done; says the least that works.
     """
     for precision, only_resident, disk in _candidates(request):
-        for checkpointing in _checkpointing_modes(request):
-            tried = _Stages(request, precision, checkpointing)
+        for checkpointing, place in product(_checkpointing_modes(request), _places(request)):
+            tried = _Stages(request, precision, checkpointing, place)
             plan = tried.plan(budget_bytes, host_bytes, only_resident=only_resident, from_disk=disk)
             if plan is not None:
                 return plan
@@ -245,6 +263,8 @@ def describe(plan: MemoryPlan) -> str:
         parts.append(f"text encoder streamed{' from disk' if text_encoder.from_disk else ''}")
     if plan.tiling != "whole":
         parts.append("pictures in strips" + (" through host memory" if plan.tiling == "host" else ""))
+    if plan.reference_cache == "host":
+        parts.append("references cached in host memory")
     if plan.checkpointing not in (None, "none"):
         parts.append(f"checkpointing {plan.checkpointing}")
     return f"{', '.join(parts)}, about {in_words(plan.peak_bytes)}"
@@ -290,11 +310,25 @@ def _checkpointing_modes(request: MemoryRequest) -> tuple[TrainingMode | None, .
     return ("none", "blocks") if request.variant.name == "tiny" else ("blocks", "offload")
 
 
+def _places(request: MemoryRequest) -> tuple[Place | None, ...]:
+    """Where a cache of references may go, the faster first."""
+    if request.reference_cache == "off":
+        return (None,)
+    return ("device",) if request.device_type == "cpu" else ("device", "host")
+
+
 class _Stages:
     """The three stages of a request in one precision of the DiT."""
 
-    def __init__(self, request: MemoryRequest, precision: WeightPrecision, checkpointing: TrainingMode | None) -> None:
+    def __init__(
+        self,
+        request: MemoryRequest,
+        precision: WeightPrecision,
+        checkpointing: TrainingMode | None,
+        place: Place | None = None,
+    ) -> None:
         self.request = request
+        self.place: Place | None = place
         self.precision: WeightPrecision = precision
         self.checkpointing: TrainingMode | None = checkpointing
         self.can_stream = checkpointing != "none"
@@ -306,7 +340,12 @@ class _Stages:
         """Adapters in training, their gradients and the optimiser's state: they stay whatever works."""
         if request.rank is not None:
             self.state = adapter_parameters(config, request.rank) * (MASTER_BYTES + request.optimizer_bytes)
-        self.activations = self.state + self._sampling()
+        self.cache = 0
+        """Keys and values of references, wherever they are."""
+        if place is not None:
+            rows = 1 if request.reference_cache == "exact" else request.tokens.num_rows
+            self.cache = reference_cache_bytes(config, request.num_reference_tokens, rows, self.item_bytes)
+        self.activations = self.state + self._sampling() + (self.cache if place == "device" else 0)
         self.autoencoder_weights = 0
         if request.uses_autoencoder:
             item_bytes = ITEM_BYTES[request.autoencoder_precision]
@@ -321,6 +360,12 @@ class _Stages:
             is_cuda=request.device_type == "cuda",
             is_adapted=request.lora_bytes > 0 or request.rank is not None,
         )
+        if self.place is not None:
+            number = request.num_reference_tokens
+            tokens = replace(request.tokens, num_tokens=request.tokens.num_tokens - number)
+            is_exact = request.reference_cache == "exact"
+            first = first_pass_bytes(variant.dit, tokens, number, how, is_exact=is_exact)
+            return request.lora_bytes + max(first, cached_step_bytes(variant.dit, tokens, number, how))
         if request.rank is None:
             return request.lora_bytes + forward_bytes(variant.dit, request.tokens, how)
         assert self.checkpointing is not None
@@ -351,6 +396,10 @@ class _Stages:
     def plan(self, budget: int | None, host: int | None, *, only_resident: bool, from_disk: bool) -> MemoryPlan | None:
         """The fastest plan, None where it does not fit."""
         request = self.request
+        if host is not None and self.place == "host":
+            host -= self.cache
+            if host < 0:
+                return None
         try:
             # 1. Everything at once, where nothing else was asked for.
             text_encoder = self.plan_text_encoder(None, None)
@@ -371,6 +420,8 @@ class _Stages:
         """A plan without any network leaving the device."""
         weights = dit.device_bytes + self.autoencoder_weights
         weights += text_encoder.device_bytes if text_encoder is not None else 0
+        # An exact cache is kept from one picture to the next.
+        beside = self.cache if self.place == "device" and self.request.reference_cache == "exact" else 0
         tilings: tuple[Tiling, ...] = _tilings(self.request)[:2]
         for tiling in tilings:
             plan = MemoryPlan(
@@ -380,9 +431,12 @@ class _Stages:
                 dit_stays=True,
                 tiling=tiling,
                 checkpointing=self.checkpointing,
-                text_encoding_bytes=weights + self._text_activations(text_encoder) if text_encoder is not None else 0,
+                reference_cache=self.place,
+                text_encoding_bytes=(
+                    weights + beside + self._text_activations(text_encoder) if text_encoder is not None else 0
+                ),
                 sampling_bytes=weights + self.activations,
-                decoding_bytes=weights + self.state + self.autoencoding(tiling)[0]
+                decoding_bytes=weights + beside + self.state + self.autoencoding(tiling)[0]
                 if self.request.uses_autoencoder
                 else 0,
             )
@@ -414,6 +468,7 @@ class _Stages:
                     dit_stays=dit_stays,
                     tiling=tiling,
                     checkpointing=self.checkpointing,
+                    reference_cache=self.place,
                     text_encoding_bytes=text_bytes,
                     sampling_bytes=dit.device_bytes + self.activations,
                     decoding_bytes=decoding,
@@ -526,8 +581,8 @@ def least_plan(request: MemoryRequest) -> MemoryPlan | None:
     """The plan that takes the least of the device, with enough host memory; in the precision that is asked for."""
     plans: list[MemoryPlan] = []
     for precision, only_resident, disk in _candidates(request):
-        for checkpointing in _checkpointing_modes(request):
-            stages = _Stages(request, precision, checkpointing)
+        for checkpointing, place in product(_checkpointing_modes(request), _places(request)):
+            stages = _Stages(request, precision, checkpointing, place)
             # No budget fits less than this one: every search goes down to the smallest before it gives up.
             low, high = 0, 2**44
             while high - low > 2**20:

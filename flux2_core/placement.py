@@ -36,6 +36,7 @@ from .memory import (
     weight_format,
 )
 from .pipeline import Flux2Pipeline, ModelFiles, SamplingConfig, fit_references
+from .reference_cache import reference_caches
 from .reference_store import ReferenceStore
 from .sampling import StepCallback
 from .state_dict import COMFYUI_DIT_PREFIX
@@ -418,6 +419,7 @@ class PlacedPipeline(Flux2Pipeline):
     def _load_dit(self) -> Flux2DiT:
         self._dit = place_dit(self.files.dit, self.variant, self.plan.dit, self.device, facts=self.request.dit_file)
         apply_loras(self._dit.dit, self._loras)
+        reference_caches(self._dit.dit).place = self.plan.reference_cache
         return self._dit.dit
 
     def _load_text_encoder(self) -> TextEncoder:
@@ -438,6 +440,8 @@ class PlacedPipeline(Flux2Pipeline):
     def _use(self, name: Component) -> None:
         """Brings a network onto the device, after the others have left where they have to."""
         others: list[Component] = [other for other in self._networks if other != name and self._takes_turns]
+        if "dit" in others:
+            reference_caches(self.dit).leave_device()
         for other in others:
             if other == "dit" and name == "autoencoder" and self._dit_stays:
                 if self._dit is not None and self._dit.streamer is not None:
@@ -487,6 +491,12 @@ class PlacedPipeline(Flux2Pipeline):
 
     def _lower_dit(self) -> Iterator[bool]:
         if self._others_leave():
+            yield True
+        caches = reference_caches(self.dit)
+        if caches.place == "device":
+            caches.clear()
+            caches.place = "host"
+            logger.warning("the device ran out of memory: from now on references are cached in host memory")
             yield True
         while self._dit is not None and self._dit.lower():
             yield True

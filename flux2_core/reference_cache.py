@@ -12,8 +12,7 @@ of the first step for the others of one picture.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,16 +21,13 @@ from torch import Tensor
 from .attention import rope_table
 from .content_store import ContentStore, tensor_digest, weights_state
 from .device_memory import device_budget
-from .dit import DiTConfig, Flux2DiT, PreparedInputs, sinusoidal_embedding
+from .dit import Flux2DiT, PreparedInputs, sinusoidal_embedding
 from .key_values import BlockKeyValues
 from .latents import reference_tokens
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from .reference_memory import Place, reference_cache_bytes
 
 ReferenceCacheMode = Literal["auto", "off", "exact", "approximate"]
 """auto: exact for networks that were trained for it, off for others."""
-Place = Literal["device", "host"]
 
 MAX_KEPT = 8
 SMALL_BYTES = 2**28
@@ -61,7 +57,7 @@ class ReferenceCaches:
             guidance: embedded guidance, for networks with an embedder.
         """
         rows = _distinct_rows(references)
-        state, adapters = weights_state(dit), _adapters(dit)
+        state, adapters = weights_state(dit, moves=True), _adapters(dit)
         if state != self._weights:
             self.clear()
             self._weights = state
@@ -89,7 +85,8 @@ class ReferenceCaches:
             # Half of it: the steps need some as well.
             place = "device" if free is None or num_bytes <= free // 2 else "host"
         store = torch.device("cpu") if place == "host" else None
-        return [BlockKeyValues(num_tokens, store) for _ in range(_num_blocks(dit.config))]
+        num_blocks = len(dit.double_blocks) + len(dit.single_blocks)
+        return [BlockKeyValues(num_tokens, store) for _ in range(num_blocks)]
 
     def settle(self, device: torch.device) -> None:
         """After a run: what would be in the way of others leaves the device, unless a plan counts on it."""
@@ -97,17 +94,14 @@ class ReferenceCaches:
             self._kept.max_bytes = max(free // KEPT_SHARE, 0)
             self._kept.make_room(0)
 
+    def leave_device(self) -> None:
+        """Forgets what is not in host memory: others need the device."""
+        if self.place != "host":
+            self.clear()
+
     def clear(self) -> None:
         """Forgets all."""
         self._kept.clear()
-
-    @contextmanager
-    def unchanged(self, dit: Flux2DiT) -> Iterator[None]:
-        """For a time in which the weights are moved, and only moved: what is kept stays right."""
-        is_right = self._weights == weights_state(dit)
-        yield
-        if is_right:
-            self._weights = weights_state(dit)
 
 
 _caches: WeakKeyDictionary[Flux2DiT, ReferenceCaches] = WeakKeyDictionary()
@@ -118,11 +112,6 @@ def reference_caches(dit: Flux2DiT) -> ReferenceCaches:
     if dit not in _caches:
         _caches[dit] = ReferenceCaches()
     return _caches[dit]
-
-
-def reference_cache_bytes(config: DiTConfig, num_tokens: int, num_rows: int, item_bytes: int) -> int:
-    """Keys and values of all blocks."""
-    return 2 * _num_blocks(config) * num_rows * num_tokens * config.hidden_size * item_bytes
 
 
 @torch.inference_mode()
@@ -146,10 +135,6 @@ def compute_alone(
         guidance=embedded,
     )
     dit.velocity(tokens.to(device, dtype), torch.zeros(rows, device=device), prepared, blocks)
-
-
-def _num_blocks(config: DiTConfig) -> int:
-    return config.num_double_blocks + config.num_single_blocks
 
 
 def _distinct_rows(references: Sequence[Tensor]) -> list[Tensor]:
