@@ -148,6 +148,16 @@ class LiveFactors:
             self._running = running  # those in training change, and a copy would not
         return running
 
+    def _prepare_gain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The gain, and how far it is above 1, in the type and on the device of ``x``: made where the weight was."""
+        assert self._gain is not None
+        found = self._running_gain
+        if found is None or (found[0].dtype, found[0].device) != (x.dtype, x.device):
+            with torch.inference_mode(False):
+                gain = self._gain.flatten()
+                found = self._running_gain = gain.to(x), (gain - 1).to(x)
+        return found
+
 
 @torch.inference_mode(False)
 @torch.no_grad()
@@ -163,16 +173,6 @@ def apply_loras(dit: Flux2DiT, settings: Sequence[LoraSetting]) -> None:
             it was.
     """
     layers = linear_layers(dit)
-    def _prepare_gain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The gain, and how far it is above 1, in the type and on the device of ``x``: made where the weight was."""
-        assert self._gain is not None
-        found = self._running_gain
-        if found is None or (found[0].dtype, found[0].device) != (x.dtype, x.device):
-            with torch.inference_mode(False):
-                gain = self._gain.flatten()
-                found = self._running_gain = gain.to(x), (gain - 1).to(x)
-        return found
-
     changes = collect_changes(settings, layers)
     live = {
         name: tuple(
@@ -233,6 +233,9 @@ def merged_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a DiT in BFL's names with LoRAs added, one at a time.
 
+    Args:
+        in_place: fp32 tensors may be written to.
+
     Raises:
         ValueError: a setting is wrong, or a result is not finite in the type of the weight.
     """
@@ -245,12 +248,10 @@ def merged_tensors(
             if not fits_type(tensor, tensor.dtype):
                 raise ValueError(f"merging makes {name} too large for {tensor.dtype}; merge into bf16 or fp32")
         yield name, tensor
+        del tensor  # before the next one is read
 
 
 def merge_checkpoint(
-    Args:
-        in_place: fp32 tensors may be written to.
-
     source_path: str | os.PathLike[str],
     settings: Sequence[LoraSetting],
     out_path: str | os.PathLike[str],
@@ -263,7 +264,6 @@ def merge_checkpoint(
 ) -> Path:
     """Writes a DiT checkpoint with LoRAs merged in as one file in BFL's layout, atomically and layer by layer.
 
-        del tensor  # before the next one is read
     Args:
         source_path: a DiT in any layout that `load_dit` reads.
         dtype: type of all weights; None keeps the source's (bf16 for an fp8 file).
@@ -308,9 +308,13 @@ def write_merged(
     settings: Sequence[LoraSetting],
     dtype: torch.dtype,
     *,
+    in_place: bool = False,
     on_tensor: TensorCallback | None = None,
 ) -> Path:
     """Streams a DiT's fp32 weights, by BFL name, with LoRAs merged in into one file; each sum is cast once.
+
+    Args:
+        in_place: the weights may be written to, so that one of them is in memory at a time.
 
     Raises:
         ValueError: a LoRA is for another shape of DiT, a setting is wrong, see `LoraSetting`, or a result is too large
@@ -323,7 +327,6 @@ def write_merged(
     layout = {name: (words[dtype], shape, math.prod(shape) * dtype.itemsize) for name, shape in shapes.items()}
     metadata = dit_metadata(path, variant)
     metadata["flux2_kit.merged_loras"] = ", ".join(f"{s.lora.name} {s.strength:g}" for s in settings)
-    in_place: bool = False,
 
     def merged() -> Iterator[tuple[str, Tensor]]:
         numbers = itertools.count(1)  # beside the loop: enumerate() keeps what it gave last
@@ -332,9 +335,6 @@ def write_merged(
             del tensor  # before it is written, and the next one is read
             yield name, result
             del result
-    Args:
-        in_place: the weights may be written to, so that one of them is in memory at a time.
-
             if on_tensor is not None:
                 on_tensor(next(numbers), len(shapes))
 
