@@ -221,19 +221,17 @@ def _read_message(message: str | bytes, result: RunResult) -> bool:
 
 
 @contextlib.contextmanager
-def running_server(installation: Installation, base: Path, log: Path, *, with_pack: bool = True) -> Iterator[Server]:
+def running_server(installation: Installation, base: Path, log: Path) -> Iterator[Server]:
     """Starts a server on a free port with the pack in its custom_nodes, and ends it.
 
     Args:
         base: an empty folder for everything that it reads and writes.
         log: file for what it prints.
-        with_pack: False for a ComfyUI as it comes.
     """
     for folder in ("custom_nodes", "input", "output", "user", "models/loras"):
         (base / folder).mkdir(parents=True)
-    if with_pack:
-        (base / "custom_nodes" / PACK_FOLDER).symlink_to(ROOT, target_is_directory=True)
-        (base / "custom_nodes" / "probe.py").write_text(PROBE, encoding="utf-8")
+    (base / "custom_nodes" / PACK_FOLDER).symlink_to(ROOT, target_is_directory=True)
+    (base / "custom_nodes" / "probe.py").write_text(PROBE, encoding="utf-8")
     port = _free_port()
     server = Server(url=f"http://127.0.0.1:{port}", base=base, log=log)
     command = [*installation.command, "--cpu", "--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch"]
