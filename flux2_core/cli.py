@@ -23,6 +23,8 @@ from .picture_metadata import kit_version
 
 EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
 DEFAULT_SAVE_PATH = "output"
+REFERENCE_CACHES = ("auto", "off", "exact", "approximate")
+"""As `reference_cache.ReferenceCacheMode`."""
 REQUESTS = ("prompt", "from_file", "interactive", "latent_path", "save_merged_model")
 """Options of generate, one of which says what to make."""
 DESCRIPTION = "Generates and edits pictures with FLUX.2, on the bundled tiny model or on released weights."
@@ -179,6 +181,12 @@ def _add_request_options(parser: argparse.ArgumentParser) -> None:
         help="1 to 10 references: image 1, image 2, ... in prompts",
     )
     group.add_argument("--no_resize_control", action="store_true", help="only crop references to 16, keep them large")
+    group.add_argument(
+        "--reference_cache",
+        choices=REFERENCE_CACHES,
+        help="compute references once for all steps: auto (default) does so for klein-9b-kv, which was trained for it; "
+        "approximate does so for the other variants, which is faster and less exact; off computes them in every step",
+    )
     group.add_argument(
         "--image_path",
         metavar="PICTURE",

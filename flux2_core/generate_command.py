@@ -56,8 +56,8 @@ RANDOM_SEEDS = 2**32
 MAX_KEPT_EMBEDDINGS = 32
 """Text embeddings kept for prompts that come again; one of dev takes 15 MB."""
 NOT_FOR_LATENTS = (
-    "negative_prompt", "control_image_path", "no_resize_control", "image_size", "infer_steps", "guidance_scale",
-    "embedded_cfg_scale", "flow_shift", "seed", "num_images", "image_path", "strength", "lora_weight",
+    "negative_prompt", "control_image_path", "no_resize_control", "reference_cache", "image_size", "infer_steps",
+    "guidance_scale", "embedded_cfg_scale", "flow_shift", "seed", "num_images", "image_path", "strength", "lora_weight",
     "lora_multiplier", "include_patterns", "exclude_patterns", "allow_unmatched", "save_merged_model",
 )  # fmt: skip
 """Options of sampling; latents that are only decoded were sampled already."""
@@ -172,10 +172,9 @@ def read_jobs(args: argparse.Namespace, variant: Variant, *, tells: bool = True)
     if args.interactive:
         return [], 0
     if args.prompt is not None:
-        if args.no_resize_control and not args.control_image_path:
-            raise ValueError(
-                "--no_resize_control was given without a reference; add --control_image_path or leave it out"
-            )
+        for option in ("no_resize_control", "reference_cache"):
+            if getattr(args, option) and not args.control_image_path:
+                raise ValueError(f"--{option} was given without a reference; add --control_image_path or leave it out")
         return [("", make_job(args, PromptLine(prompt=args.prompt), variant))], 0
     path = Path(args.from_file)
     if not path.is_file():
@@ -236,6 +235,7 @@ def make_sampling(args: argparse.Namespace, line: PromptLine, variant: Variant) 
         "num_images": args.num_images,
         "resize_references": not args.no_resize_control,
         "tile_autoencoder": args.vae_tiling,
+        "reference_cache": args.reference_cache,
         "strength": args.strength,
     }
     sampling = SamplingConfig(**{name: value for name, value in given.items() if value is not None})
@@ -271,6 +271,7 @@ def memory_needs(args: argparse.Namespace, files: ModelFiles, jobs: Sequence[Job
         width=largest.width,
         height=largest.height,
         reference_sizes=tuple(reference_size(*load_image(path).size, max_pixels) for path in paths),
+        reference_cache=largest.reference_cache if largest.reference_cache != "auto" else None,
         num_images=largest.num_images,
         uses_cfg=any(sampling.cfg_scale != 1 for sampling in samplings),
         tile_autoencoder=args.vae_tiling,
@@ -527,6 +528,8 @@ def describe_job(variant: Variant, sampling: SamplingConfig) -> str:
         parts.append(f"flow_shift {sampling.flow_shift:g}")
     if sampling.strength != 1:
         parts.append(f"strength {sampling.strength:g}")
+    if sampling.reference_cache == "approximate":
+        parts.append("references approximate")
     parts.append(f"seed {sampling.seed}")
     if sampling.num_images > 1:
         parts.append(f"{sampling.num_images} images")

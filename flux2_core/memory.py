@@ -151,7 +151,7 @@ class MemoryRequest:
         """How references are cached, if there are any."""
         if not self.needs.reference_sizes or self.rank is not None:
             return "off"
-        return self.needs.reference_cache or ("exact" if self.variant.has_reference_cache else "off")
+        return self.needs.reference_cache or self.variant.reference_cache
 
     @property
     def size(self) -> tuple[int, int]:

@@ -50,6 +50,8 @@ class GenerationRecord:
     """None where the shift followed from size and steps."""
     references: tuple[str, ...] = ()
     resize_references: bool = True
+    reference_cache: str | None = None
+    """Whether references were computed once for all steps; None where that was as the variant does by itself."""
     initial_image: str | None = None
     """What the picture was made from, by image to image."""
     strength: float | None = None
@@ -85,6 +87,7 @@ class GenerationRecord:
             "LoRAs": " + ".join(f"{name} {strength:g}" for name, strength in self.loras) or None,
             "Denoising strength": self.strength,
             "References": len(self.references) or None,
+            "Reference cache": self.reference_cache,
             "Version": f"FLUX.2 Kit {self.version}",
         }
         lines = [self.prompt]
@@ -126,6 +129,7 @@ def make_record(
 ) -> GenerationRecord:
     """The record of pictures from resolved settings; paths are kept without their folders."""
     assert sampling.width and sampling.height and sampling.num_steps and sampling.cfg_scale is not None
+    names, default = tuple(Path(path).name for path in references), variant.reference_cache
     return GenerationRecord(
         prompt=prompt,
         negative_prompt=(negative_prompt or "") if sampling.cfg_scale != 1 else None,
@@ -137,8 +141,9 @@ def make_record(
         cfg_scale=sampling.cfg_scale,
         guidance=sampling.guidance,
         flow_shift=sampling.flow_shift,
-        references=tuple(Path(path).name for path in references),
+        references=names,
         resize_references=sampling.resize_references,
+        reference_cache=sampling.reference_cache if names and sampling.reference_cache != default else None,
         initial_image=initial_image.name if initial_image is not None else None,
         strength=sampling.strength if initial_image is not None else None,
         variant=variant.name,
@@ -166,7 +171,14 @@ def parse_record(metadata: Mapping[str, object]) -> GenerationRecord | None:
         record = GenerationRecord(**values | lists)
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None
-    texts = (record.prompt, record.variant, *record.references, *record.lora_include, *record.lora_exclude)
+    texts = (
+        record.prompt,
+        record.variant,
+        record.reference_cache or "",
+        *record.references,
+        *record.lora_include,
+        *record.lora_exclude,
+    )
     numbers = (record.seed, record.width, record.height, record.num_steps, record.num_images, record.image_index)
     valid = all(isinstance(value, str) for value in texts) and all(type(value) is int for value in numbers)
     return record if valid else None

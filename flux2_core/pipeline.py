@@ -102,10 +102,11 @@ class SamplingConfig:
                 f"guidance is {self.guidance}, but {variant.name} has no guidance embedder; "
                 "use cfg_scale, or leave it out"
             )
-        if self.reference_cache == ("approximate" if variant.has_reference_cache else "exact"):
-            other = "exact" if variant.has_reference_cache else "approximate"
+        modes = ("auto", "off", "exact" if variant.reference_cache == "exact" else "approximate")
+        if self.reference_cache not in modes:
             raise ValueError(
-                f"reference_cache is {self.reference_cache}, but {variant.name} has the {other} one; use that, or auto"
+                f"reference_cache is {self.reference_cache}, which {variant.name} does not do; it does "
+                f"{', '.join(modes)}"
             )
         return replace(
             self,
@@ -114,9 +115,7 @@ class SamplingConfig:
             num_steps=self.num_steps or variant.num_steps,
             cfg_scale=variant.cfg_scale if self.cfg_scale is None else self.cfg_scale,
             guidance=variant.guidance if self.guidance is None else self.guidance,
-            reference_cache=default_reference_cache(variant)
-            if self.reference_cache == "auto"
-            else self.reference_cache,
+            reference_cache=variant.reference_cache if self.reference_cache == "auto" else self.reference_cache,
         )
 
     def sized_like(self, size: tuple[int, int], variant: Variant) -> SamplingConfig:
@@ -127,11 +126,6 @@ class SamplingConfig:
         """
         width, height = initial_size(*size, variant.default_size**2)
         return replace(self, width=self.width or width, height=self.height or height)
-
-
-def default_reference_cache(variant: Variant) -> ReferenceCacheMode:
-    """What the mode auto stands for."""
-    return "exact" if variant.has_reference_cache else "off"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,8 +61,8 @@ class Variant:
     """Classifier-free guidance; 1 runs one forward a step."""
     guidance: float | None
     """Embedded guidance; None where the network has no such input."""
-    has_reference_cache: bool = False
-    """Whether it was trained to compute references once for all steps, see `reference_cache`."""
+    reference_cache: Literal["off", "exact"] = "off"
+    """exact: it was trained to compute references once for all steps, see `reference_cache`."""
     default_size: int = 1024
     """Side of a picture, in pixels, where the user names none."""
     license: str
@@ -142,14 +142,14 @@ def _klein(
     dit: DiTConfig,
     distilled: bool,
     license: str,
-    has_reference_cache: bool = False,
+    reference_cache: Literal["off", "exact"] = "off",
 ) -> Variant:
     return Variant(
         name=name,
         dit=dit,
         text_encoder=QWEN3_4B if dit is DIT_4B else QWEN3_8B,
         distilled=distilled,
-        has_reference_cache=has_reference_cache,
+        reference_cache=reference_cache,
         num_steps=4 if distilled else 50,
         cfg_scale=1.0 if distilled else 4.0,
         guidance=None,
@@ -217,7 +217,7 @@ VARIANTS: dict[str, Variant] = {
             dit=DIT_9B,
             distilled=True,
             license=NON_COMMERCIAL,
-            has_reference_cache=True,
+            reference_cache="exact",
         ),
         Variant(
             name="tiny",
