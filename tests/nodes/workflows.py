@@ -337,15 +337,7 @@ def text_to_image_klein_base_9b() -> Workflow:
     negative = flow.add("Flux2KitEncodePrompt", "Negative prompt", text_encoder=text_encoder)
     size = flow.add("Flux2KitEmptyLatent", "Size", aspect_ratio="3:2")
     flow.column("3. Sample")
-    latent = flow.add(
-        "Flux2KitSample",
-        dit=dit,
-        positive=positive,
-        negative=negative,
-        ae=ae,
-        width=size.output(1),
-        height=size.output(2),
-    )
+    latent = flow.add("Flux2KitSample", dit=dit, positive=positive, negative=negative, ae=ae, latent=size)
     add_result(flow, ae, latent, "flux2_kit/klein-base-9b")
     return flow
 
@@ -403,7 +395,7 @@ def text_to_image_dev() -> Workflow:
     positive = flow.add("Flux2KitEncodePrompt", "Prompt", text_encoder=text_encoder, prompt=prompt)
     size = flow.add("Flux2KitEmptyLatent", "Size", aspect_ratio="4:3")
     flow.column("4. Sample")
-    latent = flow.add("Flux2KitSample", dit=dit, positive=positive, ae=ae, width=size.output(1), height=size.output(2))
+    latent = flow.add("Flux2KitSample", dit=dit, positive=positive, ae=ae, latent=size)
     add_result(flow, ae, latent, "flux2_kit/dev", number=5)
     return flow
 
