@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,7 +119,13 @@ class CachedDataset:
         return self.text_encoder.context_dim
 
     def load(
-        self, cached: CachedItem, *, caption_index: int = 0, drop_caption: bool = False, flipped: bool = False
+        self,
+        cached: CachedItem,
+        *,
+        caption_index: int = 0,
+        drop_caption: bool = False,
+        flipped: bool = False,
+        read: Callable[[Path, CacheFile], Tensor] = read_cached,
     ) -> Sample:
         """Reads the tensors of a picture.
 
@@ -128,6 +134,7 @@ class CachedDataset:
             caption_index: which of the item's captions.
             drop_caption: take the empty caption instead.
             flipped: take the picture, its references and its mask mirrored left to right.
+            read: gives the tensor of a file.
 
         Raises:
             ValueError: a file was deleted or changed since the cache was opened, or the subset is not cached mirrored.
@@ -138,11 +145,11 @@ class CachedDataset:
             if files.mirrored_latents is None:
                 raise ValueError(f"{cached.item.image} is not cached mirrored; set flip in its subset, and cache again")
             latents, references = files.mirrored_latents, files.mirrored_references
-        mask = None if files.mask is None else read_cached(folder, files.mask)
+        mask = None if files.mask is None else read(folder, files.mask)
         return Sample(
-            latents=read_cached(folder, latents),
-            references=tuple(read_cached(folder, reference) for reference in references),
-            text=read_cached(folder, self.empty_caption if drop_caption else cached.texts[caption_index]),
+            latents=read(folder, latents),
+            references=tuple(read(folder, reference) for reference in references),
+            text=read(folder, self.empty_caption if drop_caption else cached.texts[caption_index]),
             mask=mask.flip(-1) if mask is not None and flipped else mask,
         )
 

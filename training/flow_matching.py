@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..flux2_core.dit import Flux2DiT
-from ..flux2_core.latents import image_ids, latents_to_tokens, reference_tokens, text_ids
+from ..flux2_core.latents import REFERENCE_TIME_STEP, image_ids, latents_to_tokens, text_ids
 
 TRAINING_GUIDANCE = 1.0
 """What a guidance embedder is fed in training: the plain, unguided velocity is what the data shows."""
@@ -49,19 +50,27 @@ def velocity_losses(
         references: latents ``[B, 128, h_i, w_i]``, in the order in which captions count them.
         mask: ``[B, h, w]``, weight of each place; the mean is weighted, so a small mask does not train slower.
     """
-    height, width = latents.shape[-2:]
-    device, dtype = dit.device, dit.dtype
     noisy, target = add_noise(latents, noise, sigma), latents_to_tokens(velocity_target(latents, noise))
-    tokens, ids = latents_to_tokens(noisy), image_ids(height, width)
-    if references:
-        extra_tokens, extra_ids = reference_tokens(references)
-        tokens, ids = torch.cat((tokens, extra_tokens), dim=1), torch.cat((ids, extra_ids))
+    tokens = torch.cat([latents_to_tokens(picture) for picture in (noisy, *references)], dim=1)
+    sizes = tuple((picture.shape[-2], picture.shape[-1]) for picture in (latents, *references))
+    ids, words = positions(sizes, text.shape[1], dit.device)
     guidance = torch.full_like(sigma, TRAINING_GUIDANCE) if dit.config.has_guidance_embedder else None
-    velocity = dit(
-        tokens.to(dtype), ids.to(device), text.to(dtype), text_ids(text.shape[1]).to(device), sigma, guidance
-    )
+    velocity = dit(tokens.to(dit.dtype), ids, text.to(dit.dtype), words, sigma, guidance)
     errors = (velocity[:, : target.shape[1]].float() - target).square().mean(dim=-1)  # [B, h * w]
     if mask is None:
         return errors.mean(dim=1)
     weights = mask.flatten(1)
     return (errors * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(torch.finfo(weights.dtype).eps)
+
+
+@lru_cache(maxsize=64)
+def positions(sizes: tuple[tuple[int, int], ...], num_words: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Position ids of image tokens ``[N, 4]`` and of text ``[num_words, 4]``, kept on the device for later steps.
+
+    Args:
+        sizes: height and width in latents of the picture, then of its references.
+    """
+    with torch.inference_mode(False):
+        times = range(0, REFERENCE_TIME_STEP * len(sizes), REFERENCE_TIME_STEP)
+        ids = torch.cat([image_ids(height, width, time) for (height, width), time in zip(sizes, times, strict=True)])
+        return ids.to(device), text_ids(num_words).to(device)

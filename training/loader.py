@@ -1,7 +1,8 @@
-"""What a step needs from the cache: read ahead of use, and grouped by shape."""
+"""What a step needs from the cache: read and put together ahead of use, grouped by shape."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -11,50 +12,63 @@ import torch
 from .batches import Draw, Schedule, Step, Trainee, share
 from .cache import CachedDataset, CachedItem, Sample
 from .config import TrainConfig
+from .kept_files import KeptFiles
 from .processes import Processes
+from .train_batch import BatchMaker, TrainBatch
 
+NUM_STEPS_AHEAD = 2
 Group = list[tuple[Draw, Sample]]
 """Samples with what was drawn for them."""
 
 
 class StepLoader:
-    """Reads the samples of the next step while this one runs."""
+    """Makes the batches of the next steps in a thread while this one runs."""
 
     def __init__(
-        self, dataset: CachedDataset, order: Schedule, processes: Processes, first_step: int, num_steps: int
+        self,
+        dataset: CachedDataset,
+        order: Schedule,
+        processes: Processes,
+        maker: BatchMaker,
+        first_step: int,
+        num_steps: int,
     ) -> None:
-        self.dataset, self.order, self.processes = dataset, order, processes
+        self.dataset, self.order, self.processes, self.maker = dataset, order, processes, maker
         self.first_step, self.num_steps = first_step, num_steps
+        self.read = KeptFiles()
 
-    def __enter__(self) -> Iterator[tuple[int, int, list[Group]]]:
+    def __enter__(self) -> Iterator[tuple[int, int, list[TrainBatch]]]:
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="flux2-kit-loader")
         return self._steps()
 
     def __exit__(self, *_: object) -> None:
         self.pool.shutdown(cancel_futures=True)
 
-    def _steps(self) -> Iterator[tuple[int, int, list[Group]]]:
-        """Step, number of its samples in all processes, and those of this one."""
-        coming: Future[list[Group]] | None = None
-        plans = self._plans()
-        plan = next(plans, ())
-        for step in range(self.first_step, self.num_steps):
-            batches = (coming or self.pool.submit(self._load, plan)).result()
-            num_samples = sum(len(batch) for batch in plan)
-            plan = next(plans, ())
-            coming = self.pool.submit(self._load, plan)
-            yield step, num_samples, batches
+    def _steps(self) -> Iterator[tuple[int, int, list[TrainBatch]]]:
+        """Step, number of its samples in all processes, and the batches of this one."""
+        coming: deque[tuple[int, int, Future[list[TrainBatch]]]] = deque()
+        for step, plan in zip(range(self.first_step, self.num_steps), self._plans(), strict=False):
+            coming.append((step, sum(len(batch) for batch in plan), self.pool.submit(self._load, plan)))
+            if len(coming) > NUM_STEPS_AHEAD:
+                yield self._next(coming)
+        while coming:
+            yield self._next(coming)
+
+    def _next(self, coming: deque[tuple[int, int, Future[list[TrainBatch]]]]) -> tuple[int, int, list[TrainBatch]]:
+        step, num_samples, batches = coming.popleft()
+        return step, num_samples, batches.result()
 
     def _plans(self) -> Iterator[Step]:
         first_epoch, first = divmod(self.first_step, self.order.num_steps_per_epoch)
         for epoch in range(first_epoch, -(-self.num_steps // self.order.num_steps_per_epoch)):
             yield from self.order.epoch(epoch)[first if epoch == first_epoch else 0 :]
 
-    def _load(self, plan: Step) -> list[Group]:
-        return [
-            [(draw, self._read(draw)) for draw in share(batch, self.processes.index, self.processes.count)]
-            for batch in plan
-        ]
+    def _load(self, plan: Step) -> list[TrainBatch]:
+        made = []
+        for batch in plan:
+            group = [(draw, self._read(draw)) for draw in share(batch, self.processes.index, self.processes.count)]
+            made += [self.maker(alike) for alike in by_shape(group)]
+        return made
 
     def _read(self, draw: Draw) -> Sample:
         return self.dataset.load(
@@ -62,6 +76,7 @@ class StepLoader:
             caption_index=draw.caption_index,
             drop_caption=draw.drop_caption,
             flipped=draw.flipped,
+            read=self.read,
         )
 
 

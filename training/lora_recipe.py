@@ -17,12 +17,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..flux2_core.checkpoint import load_autoencoder
 from ..flux2_core.command_errors import is_out_of_memory
@@ -35,17 +35,19 @@ from ..flux2_core.placement import release
 from ..flux2_core.sampling import Stopped
 from .adapters import TrainableAdapters, config_from_lora
 from .base_model import DTYPES, BaseModel
-from .cache import CachedDataset, Sample
+from .cache import CachedDataset
 from .config import TrainConfig
 from .flow_matching import velocity_losses
-from .loader import Group, StepLoader, by_shape, count_steps, largest_batch, make_schedule
+from .loader import StepLoader, count_steps, largest_batch, make_schedule
 from .lora_metadata import lora_metadata
 from .metrics import MetricsWriter, RunningAverage, open_trackers
+from .optimizer_step import GuardedStep
 from .optimizers import Ema, effective_rate, evaluation_weights, learning_rate_factor, make_optimizer, set_training
 from .plots import draw_curves
 from .processes import Processes
 from .samples import make_sample, prepare_samples, read_sample_prompts, sample_record
-from .timesteps import loss_weights, noise_generator, schedule_steps, sigmas_from_uniform, uniform_numbers
+from .step_reports import StepNumbers, StepReports
+from .train_batch import BatchMaker, TrainBatch
 from .train_files import TrainFiles
 from .train_progress import SampleCallback, StepCallback, TrainResult, TrainStep
 from .train_resume import check_resume, describe_run
@@ -101,8 +103,6 @@ class LoraRun:
     on_step: StepCallback | None = None
     on_sample: SampleCallback | None = None
     should_stop: Callable[[], bool] | None = None
-    is_whole = True
-    """Whether the weights are those after `steps_done` steps: not while the optimiser changes them."""
 
     def __init__(
         self,
@@ -170,7 +170,10 @@ class LoraRun:
         self.optimizer = make_optimizer(groups, config.optimizer, allow_dotted=allow_dotted)
         set_training(self.optimizer, True)
         self.ema = Ema(self.parameters, config.ema_decay) if config.ema_decay is not None else None
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dit.dtype == torch.float16)
+        max_norm, fp16 = config.optimizer.max_grad_norm, self.dit.dtype == torch.float16
+        self.take_step = GuardedStep(self.optimizer, self.parameters, max_norm, self.ema, fp16=fp16)
+        self.make_batch = BatchMaker(config, self.variant, pinned=self.device.type == "cuda")
+        self.reports = StepReports(self.device)
         self.first_step = self.steps_done = 0
         self.result = TrainResult()
         self.average_loss = RunningAverage()
@@ -192,26 +195,36 @@ class LoraRun:
                 if config.monitor.sample_at_first:
                     self._sample(0)
             started = time.monotonic()
-            with StepLoader(self.dataset, self.order, self.processes, self.first_step, self.num_steps) as loader:
+            with StepLoader(
+                self.dataset, self.order, self.processes, self.make_batch, self.first_step, self.num_steps
+            ) as loader:
                 for step, num_samples, batches in loader:
                     if self._must_stop():
+                        self._tell(wait=True)
                         return self._finish(stopped=True)
-                    loss, norm = self._take_step(step, num_samples, batches)
+                    numbers = self._take_step(step, num_samples, batches)
                     self.steps_done = step + 1
-                    self._report(loss, norm, (time.monotonic() - started) / (step + 1 - self.first_step))
+                    self.reports.put(
+                        numbers,
+                        step=self.steps_done,
+                        learning_rate=effective_rate(self.optimizer),
+                        seconds_per_step=(time.monotonic() - started) / (self.steps_done - self.first_step),
+                    )
                     self._after_step()
         except Stopped:
             return self._finish(stopped=self.steps_done < self.num_steps)
         except BaseException:
-            if self.is_whole and self.steps_done > self.first_step:
+            if self.take_step.is_whole and self.steps_done > self.first_step:
+                for numbers in self.reports.take(wait=True):
+                    self._count(numbers)
                 self._save_state()  # whatever happened, the steps so far are not lost
             raise
         return self._finish(stopped=False)
 
-    def _take_step(self, step: int, num_samples: int, batches: Sequence[Group]) -> tuple[float, float]:
-        """One step of the optimiser over `num_samples` of all processes; returns loss and gradient norm.
+    def _take_step(self, step: int, num_samples: int, batches: Sequence[TrainBatch]) -> Tensor:
+        """One step of the optimiser over `num_samples` of all processes; gives loss and gradient norm ``[2]``.
 
-        A step that is not finite changes nothing.
+        Both are on the device: the host does not wait for them here.
         """
         factor = learning_rate_factor(step, self.num_steps, self.config.schedule)
         for group in self.optimizer.param_groups:
@@ -219,58 +232,24 @@ class LoraRun:
         total = torch.zeros((), device=self.device)
         with self._random_state(step), self.adapters.cast_once(self.dit.dtype):
             for batch in batches:
-                for group in by_shape(batch):
-                    loss = self._losses(group).sum() / num_samples
-                    self.scaler.scale(loss).backward()
-                    total += loss.detach()
-        total = self._add_up(total)
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm or math.inf)
-        is_finite = bool(torch.isfinite(total) & torch.isfinite(norm))
-        self.is_whole = False
-        if is_finite or self.scaler.is_enabled():  # the scaler skips what overflows, and lowers its scale
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        if is_finite and self.ema is not None:
-            self.ema.update(self.parameters)
-        self.is_whole = True
-        self.optimizer.zero_grad(set_to_none=True)
-        return (total.item() if is_finite else math.nan), norm.item()
+                loss = self._losses(batch).sum() / num_samples
+                self.take_step.backward(loss)
+                total += loss.detach()
+        return self.take_step(self._add_up(total))
 
-    def _losses(self, group: Group) -> Tensor:
+    def _losses(self, batch: TrainBatch) -> Tensor:
         """Weighted losses ``[B]`` of samples of one shape."""
-        draws, samples = [draw for draw, _ in group], [sample for _, sample in group]
-        latents = torch.stack([sample.latents for sample in samples])
-        noise = torch.stack([self._noise(draw.index, sample.latents) for draw, sample in group])
-        uniform = uniform_numbers(
-            [draw.index for draw in draws],
-            seed=self.config.seed,
-            num_strata=self.config.timesteps.num_timestep_buckets,
-        )
-        sigma = self._sigmas(uniform, latents)
-        losses = self._velocity_losses(samples, latents, noise, sigma)
-        return losses * loss_weights(sigma, self.config.timesteps).to(losses)
-
-    def _velocity_losses(self, samples: Sequence[Sample], latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        move = partial(Tensor.to, device=self.device, non_blocking=True)
-        masks = [torch.ones(latents.shape[-2:]) if sample.mask is None else sample.mask for sample in samples]
-        has_mask = any(sample.mask is not None for sample in samples)
-        return velocity_losses(
+        batch = batch.to(self.device)
+        losses = velocity_losses(
             self.dit,
-            move(latents),
-            move(torch.stack([sample.text for sample in samples])),
-            move(noise),
-            move(sigma),
-            references=[move(torch.stack(same)) for same in zip(*(s.references for s in samples), strict=True)],
-            mask=move(torch.stack(masks)) if has_mask else None,
+            batch.latents,
+            batch.text,
+            batch.noise,
+            batch.sigma,
+            references=batch.references,
+            mask=batch.mask,
         )
-
-    def _noise(self, draw_index: int, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=noise_generator(self.config.seed, draw_index, 0))
-
-    def _sigmas(self, uniform: Tensor, latents: Tensor) -> Tensor:
-        num_tokens = latents.shape[-2] * latents.shape[-1]
-        return sigmas_from_uniform(uniform, num_tokens, self.config.timesteps, schedule_steps(self.variant))
+        return losses * batch.weights
 
     def _add_up(self, total: Tensor) -> Tensor:
         """Sums gradients and loss over all processes, in one message."""
@@ -296,9 +275,12 @@ class LoraRun:
             by_steps = every_n_steps is not None and step % every_n_steps == 0
             return by_steps or (every_n_epochs is not None and rest == 0 and epoch % every_n_epochs == 0)
 
-        if is_last or due(monitor.validate_every_n_steps or max(1, self.num_steps // VALIDATIONS_IN_A_RUN)):
-            self._validate(step)
+        validates = due(monitor.validate_every_n_steps or max(1, self.num_steps // VALIDATIONS_IN_A_RUN))
         saves_step, saves_epoch = due(output.save_every_n_steps), due(None, output.save_every_n_epochs)
+        samples = due(monitor.sample_every_n_steps, monitor.sample_every_n_epochs) or (is_last and bool(self.samples))
+        self._tell(wait=is_last or validates or saves_step or saves_epoch or samples)
+        if is_last or validates:
+            self._validate(step)
         if not is_last and (saves_step or saves_epoch):
             if saves_epoch:
                 self._save_lora(f"{self.name}-{epoch:06d}", "epoch", epoch)
@@ -310,7 +292,7 @@ class LoraRun:
             self._save_lora(self.name, "last", step)
             if output.save_state or output.save_state_on_train_end:
                 self._save_state()
-        if due(monitor.sample_every_n_steps, monitor.sample_every_n_epochs) or (is_last and self.samples):
+        if samples:
             self._sample(step)
 
     def _finish(self, *, stopped: bool) -> TrainResult:
@@ -354,13 +336,12 @@ class LoraRun:
                     continue
                 sample = self.dataset.load(item)
                 batch_size = self.dataset.config.subsets[item.item.subset].batch_size
-                for quantile in torch.arange(num_sigmas).split(batch_size):
-                    latents = sample.latents.expand(len(quantile), -1, -1, -1)
+                for places in torch.arange(num_sigmas).split(batch_size):
                     # Draws of training count from 0 up: negative ones are never the same.
-                    draws = [-1 - index * num_sigmas - place for place in quantile.tolist()]
-                    noise = torch.stack([self._noise(draw, sample.latents) for draw in draws])
-                    sigma = self._sigmas((quantile.double() + 0.5) / num_sigmas, latents)
-                    total += self._velocity_losses([sample] * len(quantile), latents, noise, sigma).sum()
+                    draws = [-1 - index * num_sigmas - place for place in places.tolist()]
+                    quantiles = (places.double() + 0.5) / num_sigmas
+                    batch = self.make_batch.make([sample] * len(draws), draws, quantiles)
+                    total += self._losses(replace(batch, weights=torch.ones_like(batch.weights))).sum()
         loss = (self.processes.sum_(total) / (len(self.dataset.validation) * num_sigmas)).item()
         self.result.validation_losses[step] = loss
         if self.metrics is not None:
@@ -438,7 +419,7 @@ class LoraRun:
             "num_bad_steps": self.result.num_bad_steps,
             "validation_losses": self.result.validation_losses,
             "saved": self.saved,
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.take_step.scaler.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
         }
         save_train_state(folder / STATE_FILE, step=self.steps_done, extra=counts, **self._state_parts())
@@ -450,7 +431,7 @@ class LoraRun:
         self.result.num_bad_steps = counts["num_bad_steps"]
         self.result.validation_losses = dict(counts["validation_losses"])
         self.saved = [tuple(entry) for entry in counts["saved"]]
-        self.scaler.load_state_dict(counts["scaler"])
+        self.take_step.scaler.load_state_dict(counts["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(counts["ema"])
 
@@ -460,22 +441,22 @@ class LoraRun:
     def _try_largest_batch(self) -> None:
         """Runs the batch that needs most memory once, so that too little of it shows before hours of training."""
         draws = largest_batch(self.dataset)
-        group = [(draw, self.dataset.load(self.dataset.items[draw.item])) for draw in draws]
-        while not self._fits(group):
+        batch = self.make_batch([(draw, self.dataset.load(self.dataset.items[draw.item])) for draw in draws])
+        while not self._fits(batch):
             if self.dit.checkpointing != "none" and self.device.type != "cpu" and self.placed.lower():
                 continue
-            height, width = (side * 16 for side in group[0][1].latents.shape[-2:])
+            height, width = (side * 16 for side in batch.latents.shape[-2:])
             advice = "set gradient_checkpointing" if self.dit.checkpointing == "none" else "take a smaller resolution"
             raise ValueError(
-                f"the largest batch does not fit into memory: {len(group)} x {width}x{height} px with "
-                f"{len(group[0][1].references)} references; {advice}, or a smaller batch_size or network_dim"
+                f"the largest batch does not fit into memory: {len(draws)} x {width}x{height} px with "
+                f"{len(batch.references)} references; {advice}, or a smaller batch_size or network_dim"
             )
 
-    def _fits(self, group: Group) -> bool:
+    def _fits(self, batch: TrainBatch) -> bool:
         """Whether there is memory for a forward and backward pass."""
         try:
             with self._random_state(0), self.adapters.cast_once(self.dit.dtype):
-                self.scaler.scale(self._losses(group).sum()).backward()
+                self.take_step.backward(self._losses(batch).sum())
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -496,38 +477,49 @@ class LoraRun:
                 f"{needed / 2**30:.2f} GiB; free some space or choose another output_dir"
             )
 
-    def _report(self, loss: float, norm: float, seconds_per_step: float) -> None:
-        """Counts a finished step and tells it; gives up after too many without a finite loss."""
-        step = self.steps_done
-        average = self.average_loss.update(loss)
-        if math.isfinite(loss):
+    def _tell(self, *, wait: bool) -> None:
+        """Tells what is known of the last steps, see `StepReports`; gives up after too many without a finite loss."""
+        for numbers in self.reports.take(wait=wait):
+            epoch = self._count(numbers)
+            if self.on_step is not None:
+                average = self.average_loss.value
+                self.on_step(
+                    TrainStep(
+                        step=numbers.step,
+                        num_steps=self.num_steps,
+                        epoch=epoch,
+                        loss=numbers.loss,
+                        average_loss=math.nan if average is None else average,
+                        learning_rate=numbers.learning_rate,
+                        seconds_per_step=numbers.seconds_per_step,
+                        seconds_left=numbers.seconds_per_step * (self.num_steps - numbers.step),
+                    )
+                )
+            if self.num_bad_in_a_row >= self.config.max_bad_steps:
+                raise ValueError(
+                    f"the loss was not finite in {self.num_bad_in_a_row} steps in a row, up to step {numbers.step}; "
+                    "lower the learning rate, or train with mixed_precision bf16 or no"
+                )
+
+    def _count(self, numbers: StepNumbers) -> int:
+        """Counts a finished step and writes its metrics; gives its epoch."""
+        step, epoch = numbers.step, (numbers.step - 1) // self.steps_per_epoch + 1
+        self.average_loss.update(numbers.loss)
+        if math.isfinite(numbers.loss):
             self.num_bad_in_a_row = 0
         else:
             self.num_bad_in_a_row += 1
             self.result.num_bad_steps += 1
             logger.warning("step %d was skipped: its loss or gradient is not finite", step)
-        rate = effective_rate(self.optimizer)
-        epoch = (step - 1) // self.steps_per_epoch + 1
         if self.metrics is not None and (step % self.config.monitor.log_every_n_steps == 0 or step == self.num_steps):
-            self.metrics.write(step=step, epoch=epoch, loss=loss, learning_rate=rate, gradient_norm=norm)
-        if self.on_step is not None:
-            self.on_step(
-                TrainStep(
-                    step=step,
-                    num_steps=self.num_steps,
-                    epoch=epoch,
-                    loss=loss,
-                    average_loss=math.nan if average is None else average,
-                    learning_rate=rate,
-                    seconds_per_step=seconds_per_step,
-                    seconds_left=seconds_per_step * (self.num_steps - step),
-                )
+            self.metrics.write(
+                step=step,
+                epoch=epoch,
+                loss=numbers.loss,
+                learning_rate=numbers.learning_rate,
+                gradient_norm=numbers.gradient_norm,
             )
-        if self.num_bad_in_a_row >= self.config.max_bad_steps:
-            raise ValueError(
-                f"the loss was not finite in {self.num_bad_in_a_row} steps in a row, up to step {step}; lower the "
-                "learning rate, or train with mixed_precision bf16 or no"
-            )
+        return epoch
 
     @property
     def _is_main(self) -> bool:
@@ -553,6 +545,9 @@ class LoraRun:
     @contextmanager
     def _random_state(self, step: int) -> Iterator[None]:
         """What dropout draws follows from the seed and the step, and leaves the process's generators alone."""
+        if not self.adapters.config.dropout:
+            yield
+            return
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(random.Random(f"{self.config.seed} {step} {self.processes.index}").getrandbits(63))
             yield

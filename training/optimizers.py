@@ -457,16 +457,27 @@ class Ema:
         if not 0 < decay < 1:
             raise ValueError(f"the decay of the moving average is {decay}; it must lie between 0 and 1, such as 0.999")
         self.decay = decay
-        self.num_updates = 0
         self.averages = [parameter.detach().float().clone() for parameter in parameters]
+        device = self.averages[0].device if self.averages else None
+        self.num_updates = torch.zeros((), dtype=torch.int64, device=device)
+        """``[]``, on the device, as only the device may know whether a step was taken."""
 
     @torch.no_grad()
-    def update(self, parameters: Iterable[Tensor]) -> None:
-        """Takes the parameters of now into the average; call it after every step of the optimiser."""
-        self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        for average, parameter in zip(self.averages, parameters, strict=True):
-            average.lerp_(parameter.float(), 1 - decay)
+    def update(self, parameters: Iterable[Tensor], is_taken: Tensor | None = None) -> None:
+        """Takes the parameters of now into the average; call it after every step of the optimiser.
+
+        Args:
+            is_taken: bool ``[]`` on the device; where it is False nothing changes. None: the step was taken.
+        """
+        self.num_updates += 1 if is_taken is None else is_taken
+        weight = (9 / (10 + self.num_updates)).clamp_min(1 - self.decay)
+        if is_taken is not None:
+            weight = weight * is_taken
+        # Few kernels for many small tensors: average + weight * (parameter - average).
+        foreach: Any = torch
+        changes = foreach._foreach_sub([parameter.detach().float() for parameter in parameters], self.averages)
+        foreach._foreach_mul_(changes, weight)
+        foreach._foreach_add_(self.averages, changes)
 
     @contextmanager
     def swapped_in(self, parameters: Iterable[Tensor]) -> Iterator[None]:
@@ -481,7 +492,7 @@ class Ema:
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on; the averages are not copied."""
-        return {"num_updates": self.num_updates, "averages": list(self.averages)}
+        return {"num_updates": int(self.num_updates), "averages": list(self.averages)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` gave.
@@ -492,7 +503,7 @@ class Ema:
         averages = list(state["averages"])
         if [value.shape for value in averages] != [value.shape for value in self.averages]:
             raise ValueError("the moving average in this state belongs to other parameters; resume with its settings")
-        self.num_updates = int(state["num_updates"])
+        self.num_updates.fill_(int(state["num_updates"]))
         _write(self.averages, averages)
 
 

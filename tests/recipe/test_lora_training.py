@@ -15,12 +15,15 @@ from flux2_kit.training import lora_recipe
 from flux2_kit.training.adapters import AdapterConfig
 from flux2_kit.training.cache import CachedDataset
 from flux2_kit.training.config import OutputConfig
+from flux2_kit.training.loader import StepLoader
 from flux2_kit.training.lora_recipe import LoraRun, TrainStep, train_lora
 from flux2_kit.training.metrics import read_metrics
 from flux2_kit.training.optimizers import OptimizerConfig, ScheduleConfig
+from flux2_kit.training.processes import Processes
 from flux2_kit.training.train_files import find_train_files
 from lora_training import TINY, cached, make_config, make_dataset, train, write_pictures
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.fixture(scope="module")
@@ -333,3 +336,49 @@ def test_the_learning_rate_follows_its_schedule(dataset, tmp_path):
     train(make_config(tmp_path, schedule=schedule), dataset, on_step=lambda step: rates.append(step.learning_rate))
     assert rates[:5] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3])
     assert rates[-1] == pytest.approx(1.25e-4)
+
+
+def test_a_step_reads_nothing_back_from_the_device(dataset, tmp_path):
+    config = make_config(tmp_path, mixed_precision="bf16", ema_decay=0.9, checkpointing="blocks")
+    run = LoraRun(config, dataset, find_train_files(TINY, makes_samples=False), Processes(), None, False)
+    found = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.name().partition(".")[0] in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero"):
+                found.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with StepLoader(dataset, run.order, run.processes, run.make_batch, 0, 2) as loader:
+        for step, num_samples, batches in loader:
+            with Reads():
+                loss, norm = run._take_step(step, num_samples, batches)
+            assert not found
+            assert loss.isfinite() and norm > 0
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_what_is_told_late_is_told_nonetheless(dataset, tmp_path, monkeypatch, lag):
+    """On a GPU steps are told when the next one has been ordered: before saves, at the end and when it is stopped."""
+    make = lora_recipe.StepReports
+    monkeypatch.setattr(lora_recipe, "StepReports", lambda device: with_lag(make(device), lag))
+    seen, losses = [], LoraRun._losses
+    config = make_config(tmp_path, max_train_steps=5, max_bad_steps=2, output={"save_every_n_steps": 3})
+    result = train(config, dataset, on_step=lambda step: seen.append(step.step))
+    assert seen == [1, 2, 3, 4, 5] and result.num_steps == 5
+    records = [record["step"] for record in read_metrics(result.metrics_path) if "loss" in record]
+    assert records == seen
+
+    def bad(self, batch):
+        return losses(self, batch) * (math.nan if self.steps_done >= 2 else 1.0)
+
+    monkeypatch.setattr(LoraRun, "_losses", bad)
+    with pytest.raises(ValueError, match="not finite in 2 steps in a row, up to step 4"):
+        train(replace(config, preflight=False), dataset)
+    state = load_file(tmp_path / "lora-state" / "state.safetensors")
+    assert all(tensor.isfinite().all() for tensor in state.values() if tensor.is_floating_point())
+
+
+def with_lag(reports, lag):
+    reports.lag = lag
+    return reports
