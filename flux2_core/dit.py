@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activation_checkpointing import Checkpointing, block_runner
-from .attention import apply_rope, attention, rope_table
+from .attention import attention, rope_table
+from .fused import fp8_rows, gated_residual, heads, joined_swiglu, modulated_norm, swiglu
 from .key_values import BlockKeyValues
 from .linear import Linear
 
-NORM_EPS = 1e-6
 TIME_EMBEDDING_CHANNELS = 256
 TIME_FACTOR = 1000.0
 """Sigma and guidance are multiplied by this before the sinusoidal embedding."""
@@ -51,24 +51,25 @@ class DiTConfig:
 
 
 class QKNorm(nn.Module):
-    """RMSNorm over the channels of each head, for queries and keys."""
+    """Weights of the RMSNorm over the channels of each head, for queries and keys; `fused.heads` applies them."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.query_norm = RMSNorm(head_dim)
         self.key_norm = RMSNorm(head_dim)
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query_norm(q), self.key_norm(k)
+    @property
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """``[head_dim]`` each."""
+        return self.query_norm.scale, self.key_norm.scale
 
 
 class RMSNorm(nn.Module):
+    """A weight of `QKNorm`, under the name that it has in checkpoints."""
+
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(head_dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), NORM_EPS)
 
 
 class SelfAttention(nn.Module):
@@ -81,12 +82,17 @@ class SelfAttention(nn.Module):
         self.proj = Linear(hidden_size, hidden_size)
 
 
-class SwiGLU(nn.Module):
-    """``silu(gate) * up`` of channels laid out as [gate, up]."""
+class MLP(nn.Sequential):
+    """SwiGLU between two Linears; those are 0 and 2, as in checkpoints."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__(Linear(hidden_size, 2 * inner_size), nn.Identity(), Linear(inner_size, hidden_size))
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """The change of ``x`` ``[B, N, D]``, which is normed and modulated first."""
+        up, _, down = self
+        assert isinstance(up, Linear) and isinstance(down, Linear)
+        return down(swiglu(up(modulated_norm(x, shift, scale, into=up)), into=down))
 
 
 class MLPEmbedder(nn.Module):
@@ -102,7 +108,10 @@ class MLPEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """``num_sets`` triples (shift, scale, gate) ``[B, 1, D]`` from the conditioning vector ``[B, D]``."""
+    """``num_sets`` triples (shift, scale, gate) ``[B, 1, D]`` from the conditioning vector ``[B, D]``.
+
+    The network gives the scale's distance from 1.
+    """
 
     def __init__(self, hidden_size: int, num_sets: int) -> None:
         super().__init__()
@@ -111,7 +120,7 @@ class Modulation(nn.Module):
 
     def forward(self, vec: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         chunks = self.lin(F.silu(vec))[:, None].chunk(3 * self.num_sets, dim=-1)
-        return [(chunks[3 * i], chunks[3 * i + 1], chunks[3 * i + 2]) for i in range(self.num_sets)]
+        return [(chunks[3 * i], 1 + chunks[3 * i + 1], chunks[3 * i + 2]) for i in range(self.num_sets)]
 
 
 class DoubleBlock(nn.Module):
@@ -122,9 +131,9 @@ class DoubleBlock(nn.Module):
         hidden, mlp = config.hidden_size, config.hidden_size * config.mlp_ratio
         self.num_heads = config.num_heads
         self.img_attn = SelfAttention(hidden, config.num_heads)
-        self.img_mlp = nn.Sequential(Linear(hidden, 2 * mlp), SwiGLU(), Linear(mlp, hidden))
+        self.img_mlp = MLP(hidden, mlp)
         self.txt_attn = SelfAttention(hidden, config.num_heads)
-        self.txt_mlp = nn.Sequential(Linear(hidden, 2 * mlp), SwiGLU(), Linear(mlp, hidden))
+        self.txt_mlp = MLP(hidden, mlp)
 
     def forward(
         self,
@@ -140,26 +149,25 @@ class DoubleBlock(nn.Module):
         (img_shift1, img_scale1, img_gate1), (img_shift2, img_scale2, img_gate2) = img_modulation
         (txt_shift1, txt_scale1, txt_gate1), (txt_shift2, txt_scale2, txt_gate2) = txt_modulation
 
-        img_q, img_k, img_v = split_heads(
-            self.img_attn.qkv(modulated_norm(img, img_shift1, img_scale1)), self.num_heads
+        txt_qkv, img_qkv = self.txt_attn.qkv, self.img_attn.qkv
+        scales = self.txt_attn.norm.scales, self.img_attn.norm.scales
+        q, k, v = heads(
+            (
+                txt_qkv(modulated_norm(txt, txt_shift1, txt_scale1, into=txt_qkv)),
+                img_qkv(modulated_norm(img, img_shift1, img_scale1, into=img_qkv)),
+            ),
+            scales,
+            rope,
+            self.num_heads,
         )
-        txt_q, txt_k, txt_v = split_heads(
-            self.txt_attn.qkv(modulated_norm(txt, txt_shift1, txt_scale1)), self.num_heads
-        )
-        img_q, img_k = self.img_attn.norm(img_q, img_k)
-        txt_q, txt_k = self.txt_attn.norm(txt_q, txt_k)
-
-        q = apply_rope(torch.cat((txt_q, img_q), dim=2), rope)
-        k = apply_rope(torch.cat((txt_k, img_k), dim=2), rope)
-        v = torch.cat((txt_v, img_v), dim=2)
         if references is not None:
             k, v = references.join(k, v)
         txt_out, img_out = attention(q, k, v).split([txt.shape[1], img.shape[1]], dim=1)
 
-        img = img + img_gate1 * self.img_attn.proj(img_out)
-        img = img + img_gate2 * self.img_mlp(modulated_norm(img, img_shift2, img_scale2))
-        txt = txt + txt_gate1 * self.txt_attn.proj(txt_out)
-        txt = txt + txt_gate2 * self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2))
+        img = gated_residual(img, img_gate1, self.img_attn.proj(fp8_rows(img_out, into=self.img_attn.proj)))
+        img = gated_residual(img, img_gate2, self.img_mlp(img, img_shift2, img_scale2))
+        txt = gated_residual(txt, txt_gate1, self.txt_attn.proj(fp8_rows(txt_out, into=self.txt_attn.proj)))
+        txt = gated_residual(txt, txt_gate2, self.txt_mlp(txt, txt_shift2, txt_scale2))
         return img, txt
 
     def _image_alone(
@@ -171,13 +179,13 @@ class DoubleBlock(nn.Module):
     ) -> Tensor:
         """The block without any text."""
         (shift1, scale1, gate1), (shift2, scale2, gate2) = modulation
-        q, k, v = split_heads(self.img_attn.qkv(modulated_norm(img, shift1, scale1)), self.num_heads)
-        q, k = self.img_attn.norm(q, k)
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        project, out = self.img_attn.qkv, self.img_attn.proj
+        projections = (project(modulated_norm(img, shift1, scale1, into=project)),)
+        q, k, v = heads(projections, (self.img_attn.norm.scales,), rope, self.num_heads)
         if references is not None:
             k, v = references.join(k, v)
-        img = img + gate1 * self.img_attn.proj(attention(q, k, v))
-        return img + gate2 * self.img_mlp(modulated_norm(img, shift2, scale2))
+        img = gated_residual(img, gate1, out(fp8_rows(attention(q, k, v), into=out)))
+        return gated_residual(img, gate2, self.img_mlp(img, shift2, scale2))
 
 
 class SingleBlock(nn.Module):
@@ -191,7 +199,6 @@ class SingleBlock(nn.Module):
         self.linear1 = Linear(hidden, 3 * hidden + 2 * mlp)
         self.linear2 = Linear(hidden + mlp, hidden)
         self.norm = QKNorm(hidden // config.num_heads)
-        self.mlp_act = SwiGLU()
 
     def forward(
         self,
@@ -201,14 +208,13 @@ class SingleBlock(nn.Module):
         references: BlockKeyValues | None = None,
     ) -> Tensor:
         shift, scale, gate = modulation
-        qkv, mlp = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
-        q, k, v = split_heads(qkv, self.num_heads)
-        q, k = self.norm(q, k)
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        projected = self.linear1(modulated_norm(x, shift, scale, into=self.linear1))
+        qkv, mlp = projected.split(self.widths, dim=-1)
+        q, k, v = heads((qkv,), (self.norm.scales,), rope, self.num_heads)
         if references is not None:
             k, v = references.join(k, v)
-        attended = attention(q, k, v)
-        return x + gate * self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1))
+        joined = joined_swiglu(attention(q, k, v), mlp, into=self.linear2)
+        return gated_residual(x, gate, self.linear2(joined))
 
 
 class FinalLayer(nn.Module):
@@ -219,7 +225,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
-        return self.linear(modulated_norm(x, shift, scale))
+        return self.linear(modulated_norm(x, shift, 1 + scale))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -334,17 +340,6 @@ class Flux2DiT(nn.Module):
         for block in self.single_blocks:
             x = run(block, (x,), rope, single_modulation, next(kept, None))
         return self.final_layer(x[:, txt.shape[1] :], vec)
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without affine part, then ``(1 + scale) * x + shift``."""
-    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) + shift
-
-
-def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``[B, N, 3 D]`` to three tensors ``[B, H, N, D / H]``."""
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return q, k, v
 
 
 def sinusoidal_embedding(values: Tensor) -> Tensor:

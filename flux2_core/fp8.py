@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -28,6 +29,18 @@ ScaledMM = Literal["rows", "tensor"]
 """Which scales `torch._scaled_mm` takes on a GPU: one per row, or one per tensor only (older GPUs, Windows)."""
 _scaled_mm: dict[int, ScaledMM | None] = {}
 """What was found on each CUDA device, by index; -1 stands for all that is not CUDA."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fp8Rows:
+    """Activations ``[..., K]`` that were rounded to e4m3 where they were made, each row with a scale of its own."""
+
+    codes: Tensor
+    """e4m3 ``[..., K]``"""
+    scale: Tensor
+    """fp32 ``[..., 1]``"""
+    dtype: torch.dtype
+    """What they were before, and what a product with them is given in."""
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,8 +92,24 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     fits = weight.dtype == E4M3 and weight.shape[0] % MULTIPLE == 0 and weight.shape[1] % MULTIPLE == 0
     if mode is None or not fits:
         return F.linear(x, dequantise(weight, scale, x.dtype))
-    quantised, x_scale = quantise_rows(x.reshape(-1, x.shape[-1]))
-    return _multiply_scaled(quantised, x_scale, weight, scale, mode).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    codes, x_scale = quantise_rows(x)
+    return multiply_rows(Fp8Rows(codes=codes, scale=x_scale, dtype=x.dtype), weight, scale)
+
+
+def takes_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether a weight ``[out, in]`` can be multiplied by `Fp8Rows` of ``x``: in 8 bits, and not for a gradient."""
+    if torch.is_grad_enabled() or not x.is_cuda or weight.dtype != E4M3:
+        return False
+    return weight.shape[0] % MULTIPLE == 0 and weight.shape[1] % MULTIPLE == 0 and scaled_mm(x.device) is not None
+
+
+def multiply_rows(x: Fp8Rows, weight: Tensor, scale: Tensor) -> Tensor:
+    """`multiply` of activations that are in 8 bits already, on a device that has the product."""
+    mode = scaled_mm(x.codes.device)
+    assert mode is not None
+    codes, x_scale = x.codes.reshape(-1, x.codes.shape[-1]), x.scale.reshape(-1, 1)
+    product = _multiply_scaled(codes, x_scale, weight, scale, mode)
+    return product.to(x.dtype).view(*x.codes.shape[:-1], weight.shape[0])
 
 
 def multiply_back(gradient: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

@@ -219,7 +219,10 @@ class Linear(nn.Linear):
         """None for a plain weight."""
         self.register_buffer("weight_scale", None)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor | fp8.Fp8Rows) -> Tensor:
+        if isinstance(input, fp8.Fp8Rows):
+            assert self.weight_scale is not None and not self.adapters
+            return fp8.multiply_rows(input, self.weight, self.weight_scale)
         is_plain = not (self.weight.requires_grad or torch.is_autocast_enabled(input.device.type))
         if self.adapters and is_plain:
             changes = [_low_rank(adapter, input) for adapter in self.adapters]
@@ -229,6 +232,10 @@ class Linear(nn.Linear):
         for adapter in self.adapters:
             result = result + adapter(input, output, self._weight_for(adapter, input.dtype))
         return result
+
+    def takes_rows(self, x: Tensor) -> bool:
+        """Whether `forward` takes `fp8.Fp8Rows` of these activations: adapters see what was not rounded."""
+        return self.weight_format == "fp8" and not self.adapters and fp8.takes_rows(x, self.weight)
 
     def quantise(self, weight_format: WeightFormat) -> None:
         """Replaces the plain weight by a quantised one.
