@@ -1,7 +1,7 @@
 """How many bytes the autoencoder takes, by walking through its forward pass.
 
 Counted are the tensors that are alive at a time, as in `memory_estimates`. A convolution of cuDNN takes as much again
-as its input and output, which it turns into another order of channels.
+as its input and output, which it turns into another order of channels where they are not in that already.
 """
 
 from __future__ import annotations
@@ -44,14 +44,11 @@ class _Walk:
 
     def resnet(self, source: int, target: int, *, has_shortcut: bool) -> None:
         """A block of which `held` includes the input, given by its elements and those of its output."""
-        self.alive(source, source)
         self.convolve(source, target)
-        self.alive(target, target, target)
         self.convolve(target, target, target)
         if has_shortcut:
             workspace = source + target if self.is_cuda else 0
             self.alive(target, target, workspace)
-        self.alive(target, target, target if has_shortcut else 0)
 
     def middle(self, size: int) -> None:
         """Both blocks and the attention between them; the input is held by the caller throughout."""
@@ -88,9 +85,9 @@ def decoding_bytes(config: AutoencoderConfig, width: int, height: int, item_byte
             channels = widths[index]
         walk.held = before + channels * area
         if index:
+            # More than the four convolutions of the small picture need: their workspace has not been measured.
             walk.convolve(4 * channels * area, 4 * channels * area)
     walk.held = channels * pixels
-    walk.alive(channels * pixels, channels * pixels)
     walk.convolve(channels * pixels, 3 * pixels)
     return walk.peak * item_bytes
 

@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .group_norm import apply_group_norm, channel_moments, group_moments
+from .upsampled_convolution import memory_format, upsampled_convolution
+
 if TYPE_CHECKING:
     from .autoencoder import Decoder, Downsample, Encoder, Middle, ResnetBlock, Upsample
 
@@ -39,15 +42,10 @@ class Whole:
 
     def normalise(self, norm: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
         """The GroupNorm of the whole tensor, as a function of its strips; SiLU after it."""
-        groups = self.mean.double().view(norm.num_groups, -1)
-        mean = groups.mean(dim=1, keepdim=True)
-        variance = self.square.view(norm.num_groups, -1).mean(dim=1, keepdim=True)
-        variance = variance + (groups - mean).square().mean(dim=1, keepdim=True)
-        mean, variance = (stat.expand_as(groups).flatten().float() for stat in (mean, variance))
-        weight, bias = norm.weight.float(), norm.bias.float()
+        centre, spread = group_moments(norm, self.mean, self.square)
 
         def apply(strip: Tensor) -> Tensor:
-            return F.silu(F.batch_norm(strip, mean, variance, weight, bias, training=False, eps=norm.eps))
+            return F.silu(apply_group_norm(strip, norm, centre, spread), inplace=True)
 
         return apply
 
@@ -97,18 +95,27 @@ class Strips:
 
     def _resnet(self, block: ResnetBlock, x: Whole) -> Whole:
         h = self._convolve(x, block.conv1, x.normalise(block.norm1))
-        width = block.conv2.out_channels
-        # The input's memory is used again: its rows are read for the last time just before they are written.
-        target = x.tensor[:, :width] if width <= x.tensor.shape[1] else None
+        # The input's memory is used again: its rows are read for the last time before anything is written over them.
+        target = _shrink(x.tensor, block.conv2.out_channels)
         return self._convolve(h, block.conv2, h.normalise(block.norm2), skip=(x.tensor, block.nin_shortcut), out=target)
 
     def _upsample(self, layer: Upsample, x: Whole) -> Whole:
-        return self._convolve(x, layer.conv, lambda strip: F.interpolate(strip, scale_factor=2.0), scale=2)
+        source, conv = x.tensor, layer.conv
+        out = self._empty(source, conv, 2 * source.shape[-2], 2 * source.shape[-1], self.store)
+        moments = Moments()
+        for start, stop in self._rows(out, source.shape[1]):
+            first, last = start // 2, stop // 2
+            strip = self._load(source[:, :, max(0, first - 1) : last + 1], conv)
+            strip = F.pad(strip, (1, 1, int(first == 0), int(last == source.shape[-2])))
+            part = upsampled_convolution(strip, conv)
+            moments.add(part)
+            out[:, :, start:stop] = part
+        return moments.describe(out)
 
     def _downsample(self, layer: Downsample, x: Whole) -> Whole:
         source, conv = x.tensor, layer.conv
         height, width = source.shape[-2] // 2, source.shape[-1] // 2
-        out = self._empty(source, conv.out_channels, height, width, self.store)
+        out = self._empty(source, conv, height, width, self.store)
         moments = Moments()
         for start, stop in self._rows(out, source.shape[1] * 4):
             strip = self._load(source[:, :, 2 * start : 2 * stop + 1], conv)
@@ -124,25 +131,23 @@ class Strips:
         conv: nn.Conv2d,
         prepare: Callable[[Tensor], Tensor] | None = None,
         *,
-        scale: int = 1,
         skip: tuple[Tensor, nn.Conv2d | None] | None = None,
         out: Tensor | None = None,
         store: torch.device | None = None,
     ) -> Whole:
-        """A 3x3 convolution of what ``prepare`` makes of the input, ``scale`` times as high and wide; plus a skip."""
+        """A 3x3 convolution of what ``prepare`` makes of the input; plus a skip."""
         source = x.tensor if isinstance(x, Whole) else x
-        height, width = scale * source.shape[-2], scale * source.shape[-1]
+        height, width = source.shape[-2:]
         if out is None:
-            out = self._empty(source, conv.out_channels, height, width, store or self.store)
+            out = self._empty(source, conv, height, width, store or self.store)
         moments = Moments()
         for start, stop in self._rows(out, source.shape[1]):
             # Rows of the input, with those that the kernel reaches over, as far as there are any.
-            first, last = max(0, start // scale - 1), min(source.shape[-2], -(-stop // scale) + 1)
+            first, last = max(0, start - 1), min(height, stop + 1)
             strip = self._load(source[:, :, first:last], conv)
             if prepare is not None:
                 strip = prepare(strip)
-            above, below = start - 1 - scale * first, scale * last - stop - 1
-            strip = F.pad(strip, (0, 0, -above, -below))  # a negative pad cuts, a positive one adds zeros
+            strip = F.pad(strip, (0, 0, int(start == 0), int(stop == height)))
             part = F.conv2d(strip, conv.weight, conv.bias, padding=(0, 1))
             del strip
             if skip is not None:
@@ -159,8 +164,10 @@ class Strips:
         rows = max(2, pixels // out.shape[-1] // 2 * 2)
         return [(start, min(start + rows, out.shape[-2])) for start in range(0, out.shape[-2], rows)]
 
-    def _empty(self, like: Tensor, channels: int, height: int, width: int, store: torch.device | None) -> Tensor:
-        return torch.empty(1, channels, height, width, dtype=like.dtype, device=store or like.device)
+    def _empty(self, like: Tensor, conv: nn.Conv2d, height: int, width: int, store: torch.device | None) -> Tensor:
+        """Memory for a convolution's result, in its order of channels: with these last, rows are one piece to copy."""
+        shape, layout = (1, conv.out_channels, height, width), memory_format(conv.weight)
+        return torch.empty(shape, dtype=like.dtype, device=store or like.device, memory_format=layout)
 
     def _load(self, strip: Tensor, conv: nn.Conv2d) -> Tensor:
         return strip.to(conv.weight.device)
@@ -183,9 +190,8 @@ class Moments:
 
     def add(self, strip: Tensor) -> None:
         """Takes in ``[1, C, rows, W]``; sums are fp32 within a strip and fp64 beyond."""
-        values = strip[0].flatten(1)
-        square, mean = (stat.double() for stat in torch.var_mean(values.float(), dim=1, correction=0))
-        count = values.shape[1]
+        mean, square = (moment.double() for moment in channel_moments(strip))
+        count = strip.shape[-2:].numel()
         if self.mean is None or self.square is None:
             self.mean, self.square, self.count = mean, square, count
             return
@@ -199,3 +205,15 @@ class Moments:
         """The tensor that all strips make."""
         assert self.mean is not None and self.square is not None
         return Whole(tensor=tensor, mean=self.mean.float(), square=self.square)
+
+
+def _shrink(tensor: Tensor, channels: int) -> Tensor | None:
+    """The beginning of a tensor ``[1, C, H, W]`` as one of fewer channels, so that each row of it lies in the memory of
+    that row of the tensor or of one before; None where there are too few."""
+    height, width = tensor.shape[-2:]
+    if channels > tensor.shape[1]:
+        return None
+    if memory_format(tensor) == torch.contiguous_format:
+        return tensor[:, :channels]
+    flat = tensor.permute(0, 2, 3, 1).reshape(-1)[: channels * height * width]
+    return flat.view(1, height, width, channels).permute(0, 3, 1, 2)

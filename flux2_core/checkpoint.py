@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .autoencoder import AutoencoderConfig, Flux2Autoencoder
+from .autoencoder import AutoencoderConfig, Flux2Autoencoder, arrange_channels
 from .detect import FileDescription, component_steps, describe_other, detect, resolve_variant
 from .dit import Flux2DiT
 from .files import write_safetensors
@@ -258,7 +258,7 @@ def load_autoencoder(
     with torch.device("meta"):
         autoencoder = Flux2Autoencoder(config)
     _load_weights(autoencoder, source, description, "autoencoder", dtype, torch.device(device))
-    return autoencoder
+    return arrange_channels(autoencoder)
 
 
 def autoencoder_config(source: TensorSource, shapes: Mapping[str, tuple[int, ...]]) -> AutoencoderConfig:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -38,6 +37,7 @@ from .memory import (
 from .pipeline import Flux2Pipeline, ModelFiles, SamplingConfig, fit_references
 from .reference_cache import reference_caches
 from .reference_store import ReferenceStore
+from .residency import Residence
 from .sampling import StepCallback
 from .state_dict import COMFYUI_DIT_PREFIX
 from .streaming import BlockStreamer, stream_dit, stream_text_encoder
@@ -64,25 +64,38 @@ Component = Literal["dit", "text_encoder", "autoencoder"]
 Result = TypeVar("Result")
 
 
-@dataclass(kw_only=True, eq=False)
 class PlacedDiT:
-    """A DiT that is where its plan says."""
+    """A DiT that is where its plan says.
 
-    dit: Flux2DiT
-    device: torch.device
-    """Where it runs."""
-    streamer: BlockStreamer | None = None
+    Args:
+        device: where it runs.
+        streamer: of its blocks, where not all are resident.
+        limit: at most so many blocks are ever resident; None: all.
+    """
+
+    def __init__(
+        self,
+        *,
+        dit: Flux2DiT,
+        device: torch.device,
+        streamer: BlockStreamer | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.dit = dit
+        self.device = device
+        self.residence = Residence(dit, device, streamer=streamer, limit=limit)
+
+    @property
+    def streamer(self) -> BlockStreamer | None:
+        """None while all blocks are resident, and were from the beginning."""
+        return self.residence.streamer
 
     def lower(self) -> bool:
         """Leaves half as many blocks on the device as before, and says so; False where none is left to leave it."""
-        num_blocks = len(self.dit.double_blocks) + len(self.dit.single_blocks)
-        before = num_blocks if self.streamer is None else self.streamer.num_resident
+        before, num_blocks = self.residence.num_resident, self.residence.num_blocks
         if before == 0:
             return False
-        if self.streamer is None:
-            self.streamer = stream_dit(self.dit, self.device, num_resident=before // 2)
-        else:
-            self.streamer.set_num_resident(before // 2)
+        self.residence.set_limit(before // 2)
         release(self.device)
         logger.warning(
             "the device ran out of memory: from now on %d of %d blocks stay on it, not %d; the others are streamed",
@@ -170,16 +183,16 @@ def place_dit(
     settings = _load_settings(plan, facts or dit_facts(path, variant))
     first = torch.device("cpu") if plan.is_streamed else device
     dit, _ = load_dit(path, variant.name, device=first, **settings)
-    placed = PlacedDiT(dit=dit, device=device)
+    streamer = None
     if plan.is_streamed:
-        placed.streamer = stream_dit(
+        streamer = stream_dit(
             dit,
             device,
             num_resident=plan.num_resident,
             ring_size=plan.ring_size,
             file=path if plan.from_disk else None,
         )
-    return placed
+    return PlacedDiT(dit=dit, device=device, streamer=streamer)
 
 
 def place_text_encoder(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 from PIL import Image
@@ -56,6 +57,18 @@ def reference_store(autoencoder: Flux2Autoencoder) -> ReferenceStore:
     if store is None or store.weights != weights:
         store = _stores[autoencoder] = ReferenceStore(weights)
     return store
+
+
+@contextmanager
+def unchanged_by_moves(autoencoder: Flux2Autoencoder) -> Iterator[None]:
+    """What is known stays known although the weights move to another device meanwhile: their numbers stay the same."""
+    store = _stores.get(autoencoder)
+    is_valid = store is not None and store.weights == weights_state(autoencoder)
+    try:
+        yield
+    finally:
+        if store is not None and is_valid:
+            store.weights = weights_state(autoencoder)
 
 
 def _key(picture: Image.Image, tiled: bool) -> Hashable:

@@ -13,6 +13,7 @@ its weights after its recomputation ends. Between both kinds of work stand event
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -125,6 +126,11 @@ class BlockStreamer:
     def num_resident(self) -> int:
         """Blocks that stay on the device."""
         return len(self.blocks) - len(self._streamed)
+
+    @property
+    def reads_file(self) -> bool:
+        """Whether streamed blocks are read from a file, and take no host memory."""
+        return self._disk is not None
 
     @property
     def resident_bytes(self) -> int:
@@ -431,6 +437,7 @@ def stream_dit(
     names = [f"double_blocks.{i}." for i in range(len(dit.double_blocks))]
     names += [f"single_blocks.{i}." for i in range(len(dit.single_blocks))]
     disk = None if file is None else _open_disk(file, "dit", names)
+    weak = weakref.ref(dit)  # who holds the streamer does not hold the DiT
     streamer = BlockStreamer(
         blocks,
         device,
@@ -438,7 +445,7 @@ def stream_dit(
         ring_size=ring_size,
         pinned=pinned,
         disk=disk,
-        keeps_activations=lambda: dit.checkpointing == "none",
+        keeps_activations=lambda: (found := weak()) is not None and found.checkpointing == "none",
     )
     for name, child in dit.named_children():
         if name not in ("double_blocks", "single_blocks"):

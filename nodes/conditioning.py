@@ -15,11 +15,18 @@ from torch import Tensor
 
 from ..flux2_core.autoencoder import PIXELS_PER_LATENT, AutoencoderConfig, Flux2Autoencoder
 from ..flux2_core.images import MAX_ASPECT, MIN_SIDE, reference_size, tensor_to_images, to_rgb
-from ..flux2_core.pipeline import MAX_REFERENCES, SamplingConfig, check_num_references, encode_prompt, encode_references
+from ..flux2_core.pipeline import (
+    MAX_REFERENCES,
+    SamplingConfig,
+    check_num_references,
+    encode_prompt,
+    encode_references,
+    fit_references,
+)
 from ..flux2_core.reference_store import reference_store
 from ..flux2_core.text_encoder import TextEncoder
 from ..flux2_core.variants import TextEncoderConfig
-from . import host
+from . import host, patchers
 
 Conditioning = list[list[Any]]
 """Native CONDITIONING: ``[[embeddings [B, L, C], options], ...]``."""
@@ -52,13 +59,13 @@ class References:
     @cached_property
     def latents(self) -> list[Tensor]:
         """Encoded when first asked for; a picture that this autoencoder has encoded before is not encoded again."""
-        return encode_references(
-            self.autoencoder,
-            self.pictures,
-            resize=self.resize,
-            tiled=self.tiled,
-            known=reference_store(self.autoencoder),
-        )
+        autoencoder, known = self.autoencoder, reference_store(self.autoencoder)
+        fitted = fit_references(self.pictures, autoencoder.config, resize=self.resize)
+        if (found := known.get_all(fitted, tiled=self.tiled)) is not None:
+            return found  # the autoencoder need not even be on the device
+        sizes = [picture.size for picture in fitted]
+        patchers.use(autoencoder, patchers.picture_bytes(autoencoder, sizes, decodes=False, tiled=self.tiled))
+        return encode_references(autoencoder, self.pictures, resize=self.resize, tiled=self.tiled, known=known)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,6 +108,7 @@ class EncodePrompt:
 
     @classmethod
     def encode(cls, text_encoder: TextEncoder, prompt: str) -> tuple[Conditioning]:
+        patchers.use_text_encoder(text_encoder)
         # Native nodes combine conditionings on the CPU, and native samplers ask for a pooled output.
         return ([[encode_prompt(text_encoder, prompt).cpu(), {"pooled_output": None}]],)
 

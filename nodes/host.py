@@ -269,9 +269,20 @@ def device() -> torch.device:
 
 
 def make_room(num_bytes: int) -> None:
-    """Lets ComfyUI unload models of its own before ours take this much memory of the device."""
+    """Lets ComfyUI unload models, its own and ours, until this much memory of the device is free."""
     if (management := _loaded("comfy.model_management")) is not None:
         management.free_memory(num_bytes, management.get_torch_device())
+
+
+def unload_all() -> None:
+    """Lets ComfyUI unload every model, its own and ours, from the device."""
+    if (management := _loaded("comfy.model_management")) is None:
+        return
+    if hasattr(management, "unload_all_models"):
+        management.unload_all_models()
+    else:
+        make_room(EVERYTHING)
+    release_memory()
 
 
 def release_memory() -> None:

@@ -18,10 +18,11 @@ from ..flux2_core.device_memory import available_host_bytes, device_budget
 from ..flux2_core.dit import Flux2DiT
 from ..flux2_core.lora import LoraSetting
 from ..flux2_core.memory import MemoryRequest, PlanPrecision, plan_memory, plan_text_encoder
+from ..flux2_core.residency import Residence
 from ..flux2_core.text_encoder import TextEncoder
 from ..flux2_core.variants import VARIANTS, Variant
 from ..flux2_core.weights import WeightsComponent
-from . import host
+from . import host, patchers
 
 if TYPE_CHECKING:
     from ..flux2_core.placement import PlacedDiT
@@ -152,9 +153,7 @@ class LoadAutoencoder:
 
     @classmethod
     def load(cls, ae_name: str) -> tuple[Flux2Autoencoder]:
-        from ..flux2_core.checkpoint import load_autoencoder
-
-        return (_load_once("autoencoder", ae_name, lambda path, device: load_autoencoder(path, device=device)),)
+        return (_load_once("autoencoder", ae_name, _load_autoencoder),)
 
 
 class LoadTextEncoder:
@@ -238,12 +237,26 @@ def _load_dit(
     whole = plan_memory(request, None)
     budget = device_budget(device, vram_budget or None)
     if budget is not None and whole.peak_bytes > budget:
-        _stream_text_encoders(device)
+        if patchers.is_shared():
+            host.make_room(min(whole.peak_bytes, budget) if vram_budget else whole.peak_bytes)
+        else:
+            patchers.stream_all(TextEncoder)
         budget = device_budget(device, vram_budget or None)
     plan = plan_memory(request, budget, available_host_bytes())
     log_plan(plan, request, device, vram_budget or None)
     placed = place_dit(path, found, plan.dit, device, facts=request.dit_file)
+    if vram_budget:
+        placed.residence.set_limit(plan.dit.num_resident)
+    patchers.register(placed.dit, placed.residence, plan.sampling_bytes - plan.dit.device_bytes)
     return LoadedDiT(dit=placed.dit, variant=found, placed=placed)
+
+
+def _load_autoencoder(path: Path, device: torch.device) -> Flux2Autoencoder:
+    from ..flux2_core.checkpoint import load_autoencoder
+
+    autoencoder = load_autoencoder(path, device=device)
+    patchers.register(autoencoder, Residence(autoencoder, device), 0)
+    return autoencoder
 
 
 def _load_text_encoder(
@@ -260,24 +273,13 @@ def _load_text_encoder(
         variant=variant, text_encoder_precision=precision, text_encoder_file=facts, device_type=device.type
     )
     plan = plan_text_encoder(request, device_budget(device, vram_budget or None), available_host_bytes())
-    encoder, _ = place_text_encoder(
+    encoder, streamer = place_text_encoder(
         path, variant.text_encoder, plan, device, facts=facts, last_tokenizer_directories=directories
     )
+    limit = plan.num_resident if vram_budget else None
+    residence = Residence(encoder, device, streamer=streamer, limit=limit)
+    patchers.register(encoder, residence, patchers.text_bytes(encoder))
     return encoder
-
-
-def _stream_text_encoders(device: torch.device) -> None:
-    """Lets text encoders that are in use leave the device as far as they can: they are streamed from now on."""
-    from ..flux2_core.streaming import BlockStreamer, stream_text_encoder
-
-    for encoder in [loaded for loaded in _in_use.values() if isinstance(loaded, TextEncoder)]:
-        model: Any = encoder.model
-        streamer = getattr(model.layers[0].forward, "streamer", None)
-        if not isinstance(streamer, BlockStreamer) and encoder.device == device:
-            streamer = stream_text_encoder(encoder, device)
-        if isinstance(streamer, BlockStreamer):
-            streamer.set_num_resident(0)
-    host.release_memory()
 
 
 def _precision(name: str) -> PlanPrecision:

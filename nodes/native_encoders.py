@@ -20,7 +20,7 @@ from ..flux2_core.command_errors import is_out_of_memory
 from ..flux2_core.latents import NUM_LATENT_CHANNELS
 from ..flux2_core.pipeline import check_latents, encode_prompt
 from ..flux2_core.text_encoder import TextEncoder
-from . import host
+from . import host, patchers
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class BridgedVAE:
     def encode(self, pixel_samples: Tensor) -> Tensor:
         """Pictures to latents, one at a time: memory does not grow with the batch."""
         ae = self.first_stage_model
-        self._make_room(encoding_bytes, pixel_samples.shape[2], pixel_samples.shape[1])
+        self._use(encoding_bytes, pixel_samples.shape[2], pixel_samples.shape[1])
         return self._encode(pixel_samples, ae.encode, ae.encode_tiled, partial(ae.encode_tiled, store=HOST))
 
     def encode_tiled(self, pixel_samples: Tensor, tile_x: int | None = None, **_: object) -> Tensor:
@@ -89,7 +89,7 @@ class BridgedVAE:
         """
         tile = None if tile_x is None else max(tile_x // PIXELS_PER_LATENT, 1)
         ae = self.first_stage_model
-        self._make_room(partial(host_strip_bytes, decodes=False), pixel_samples.shape[2], pixel_samples.shape[1])
+        self._use(partial(host_strip_bytes, decodes=False), pixel_samples.shape[2], pixel_samples.shape[1])
         return self._encode(
             pixel_samples, partial(ae.encode_tiled, tile=tile), partial(ae.encode_tiled, tile=tile, store=HOST)
         )
@@ -97,7 +97,7 @@ class BridgedVAE:
     def decode(self, samples_in: Tensor, vae_options: Mapping[str, Any] | None = None) -> Tensor:
         """Latents to pictures, one at a time."""
         ae = self.first_stage_model
-        self._make_room(decoding_bytes, *_pixels(samples_in))
+        self._use(decoding_bytes, *patchers.latent_size(samples_in))
         return self._decode(samples_in, ae.decode, ae.decode_tiled, partial(ae.decode_tiled, store=HOST))
 
     def decode_tiled(self, samples: Tensor, tile_x: int | None = None, **_: object) -> Tensor:
@@ -108,7 +108,7 @@ class BridgedVAE:
         """
         tile = None if tile_x is None else max(tile_x, 1)
         ae = self.first_stage_model
-        self._make_room(partial(host_strip_bytes, decodes=True), *_pixels(samples))
+        self._use(partial(host_strip_bytes, decodes=True), *patchers.latent_size(samples))
         return self._decode(
             samples, partial(ae.decode_tiled, tile=tile), partial(ae.decode_tiled, tile=tile, store=HOST)
         )
@@ -132,14 +132,10 @@ class BridgedVAE:
         pictures = torch.cat([_try(ways, row).to(self.output_device) for row in latents.split(1)])
         return ((pictures + 1) / 2).clamp(0, 1).movedim(1, -1)
 
-    def _make_room(self, num_bytes: Callable[..., int], width: int, height: int) -> None:
-        config, is_cuda = self.first_stage_model.config, self.device.type == "cuda"
-        host.make_room(num_bytes(config, width, height, self.vae_dtype.itemsize, is_cuda=is_cuda))
-
-
-def _pixels(latents: Tensor) -> tuple[int, int]:
-    """Width and height of the pictures of latents."""
-    return latents.shape[-1] * PIXELS_PER_LATENT, latents.shape[-2] * PIXELS_PER_LATENT
+    def _use(self, num_bytes: Callable[..., int], width: int, height: int) -> None:
+        config, is_cuda = self.first_stage_model.config, host.device().type == "cuda"
+        work_bytes = num_bytes(config, width, height, self.vae_dtype.itemsize, is_cuda=is_cuda)
+        patchers.use(self.first_stage_model, work_bytes)
 
 
 class Tokens(dict[str, list[str]]):
@@ -177,6 +173,7 @@ class BridgedCLIP:
     ) -> Any:
         """The embedding ``[1, L, C]``, with a pooled output of None where that is asked for."""
         (text,) = tokens[self.PROMPT]
+        patchers.use_text_encoder(self.text_encoder)
         embedding = encode_prompt(self.text_encoder, text).cpu()
         if return_dict:
             return {"cond": embedding, "pooled_output": None}

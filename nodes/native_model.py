@@ -23,10 +23,9 @@ from ..flux2_core.dit import Flux2DiT
 from ..flux2_core.latents import image_ids, latents_to_tokens, reference_tokens, text_ids, tokens_to_latents
 from ..flux2_core.linear import Adapter
 from ..flux2_core.lora import apply_loras, linear_layers
-from ..flux2_core.memory_estimates import Computation, TokenCounts, forward_bytes
 from ..flux2_core.pipeline import check_latents, check_num_references, check_text
 from ..flux2_core.variants import Variant
-from . import host
+from . import host, patchers
 from .loaders import LoadedDiT
 
 UNSUPPORTED_OPTIONS = {
@@ -248,20 +247,6 @@ def _guidance(options: Mapping[str, Any], variant: Variant) -> float | None:
     return guidance
 
 
-def activation_bytes(loaded: LoadedDiT, num_rows: int, num_tokens: int, num_text_tokens: int) -> int:
-    """Device memory that a forward pass takes beside the weights."""
-    dit = loaded.dit
-    first = next(iter(linear_layers(dit).values()))
-    how = Computation(
-        item_bytes=dit.dtype.itemsize,
-        weight_format=first.weight_format,
-        is_cuda=dit.device.type == "cuda",
-        is_adapted=bool(loaded.loras),
-    )
-    counts = TokenCounts(num_rows=num_rows, num_tokens=num_tokens, num_text_tokens=num_text_tokens)
-    return forward_bytes(loaded.variant.dit, counts, how)
-
-
 @lru_cache
 def bridged_model_class(base: Any) -> Any:
     """The model of a MODEL, a subclass of ComfyUI's BaseModel: what its samplers ask of a model is as they know it."""
@@ -295,7 +280,7 @@ def bridged_model_class(base: Any) -> Any:
             references = max((prod(shape[2:]) for shape in shapes.get("ref_latents", ())), default=0)
             text = max((shape[1] for shape in shapes.get("c_crossattn", ())), default=0)
             text = max(text, loaded.variant.text_encoder.max_tokens)
-            return activation_bytes(loaded, input_shape[0], prod(input_shape[2:]) + references, text)
+            return patchers.step_bytes(loaded, input_shape[0], prod(input_shape[2:]) + references, text)
 
         def state_dict_for_saving(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
             raise ValueError("a MODEL from FLUX.2 to MODEL has no weights to save; use FLUX.2 Save Merged DiT")
@@ -313,6 +298,11 @@ def bridged_patcher_class(base: Any) -> Any:
     """The MODEL itself, a subclass of ComfyUI's ModelPatcher that patches no weights."""
 
     class BridgedPatcher(base):
+        def model_patches_models(self) -> list[Any]:
+            # Whatever loads this MODEL loads the DiT behind it.
+            dit = patchers.patcher_of(self.model.diffusion_model.loaded.dit)
+            return [*super().model_patches_models(), *([] if dit is None else [dit])]
+
         def add_patches(self, patches: Mapping[Any, Any], *args: object, **kwargs: object) -> list[str]:
             raise ValueError(
                 "a native node (a LoRA loader or a model merge) patches weights of this MODEL, which comes from "

@@ -19,7 +19,7 @@ from ..flux2_core.preview import PreviewFactors, fit_preview, preview_images
 from ..flux2_core.sampling import DenoiseStep, StepCallback
 from ..flux2_core.schedule import MIN_STRENGTH
 from ..flux2_core.variants import VARIANTS
-from . import host
+from . import host, patchers
 from .conditioning import Conditioning, NativePrompt, References, read_conditioning
 from .loaders import LoadedDiT
 from .lora import live_loras
@@ -177,10 +177,13 @@ class Sample:
         settings = start.settings if start is not None else settings
         sampling = sampling_config(settings, prompt.guidance).resolved(dit.variant)
         host.show_text(describe(sampling, dit.variant.name, len(dit.loras)), unique_id)
-        with live_loras(dit):
-            reference_latents = all_references(prompt.references, references)
-            samples = dit.run(
-                lambda: sample_latents(
+        reference_latents = all_references(prompt.references, references)
+        on_step = show_steps(sampling.num_steps or 0, ae, unique_id)
+
+        def work() -> Tensor:
+            patchers.use(dit.dit, patchers.sampling_bytes(dit, sampling, prompt.text, reference_latents))
+            with live_loras(dit):
+                return sample_latents(
                     dit.dit,
                     dit.variant,
                     sampling,
@@ -190,11 +193,11 @@ class Sample:
                     noise=start.noise(sampling) if start is not None else None,
                     initial=start.samples if start is not None else None,
                     mask=start.mask if start is not None else None,
-                    on_step=show_steps(sampling.num_steps or 0, ae, unique_id),
+                    on_step=on_step,
                     should_stop=host.should_stop,
                 )
-            )
-        samples = samples.cpu()
+
+        samples = dit.run(work).cpu()
         return ({"samples": samples} if start is None or latent is None else start.result(latent, samples),)
 
 
@@ -225,7 +228,10 @@ class Decode:
 
     @classmethod
     def decode(cls, ae: Flux2Autoencoder, latent: dict[str, Tensor], tiling: bool) -> tuple[Tensor]:
-        pictures = decode_latents(ae, latent["samples"], tiled=tiling)
+        latents = latent["samples"]
+        sizes = [patchers.latent_size(latents)]
+        patchers.use(ae, patchers.picture_bytes(ae, sizes, decodes=True, tiled=tiling))
+        pictures = decode_latents(ae, latents, tiled=tiling)
         return (torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).float() / 255,)
 
 
@@ -283,6 +289,7 @@ def show_steps(num_steps: int, ae: Flux2Autoencoder | None, node_id: str | None)
     """Moves the node's progress bar, with a preview of the first picture where there is an autoencoder."""
     progress = host.Progress(num_steps, node_id)
     if ae is not None and ae not in _preview_factors:
+        patchers.use(ae, 0)
         _preview_factors[ae] = fit_preview(ae)
 
     def on_step(step: DenoiseStep) -> None:

@@ -506,7 +506,7 @@ def _train(run: Run, dataset: LinkedDataset, variant: Variant, dit: Path, node_i
 
     live = _Live(num_steps, node_id)
     host.show_text("loading", node_id)
-    host.make_room(host.EVERYTHING)  # what activations will take is not known before
+    host.unload_all()  # training loads networks of its own, and what it will take is not known before
     try:
         result = train_lora(
             run.config,

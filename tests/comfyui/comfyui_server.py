@@ -31,7 +31,7 @@ RUN_TIMEOUT = 300
 TEXT_EVENT, PREVIEW_EVENT = 3, 4
 """Binary messages: text on a node; a picture with metadata."""
 PROBE = '''\
-"""Tells which of the pack's networks are in memory."""
+"""Tells which of the pack's networks are in memory, and what ComfyUI knows of them."""
 
 import gc
 
@@ -48,10 +48,24 @@ async def networks(request):
     counts = {}
     for thing in gc.get_objects():
         # type() asks no one; isinstance would wake every lazy proxy.
-        if issubclass(type(thing), torch.nn.Module) and "flux2-kit" in type(thing).__module__:
-            name = type(thing).__name__
-            counts[name] = counts.get(name, 0) + 1
+        kind = type(thing)
+        is_network = issubclass(kind, torch.nn.Module) or kind.__name__ == "TextEncoder"
+        if is_network and "flux2-kit" in kind.__module__:
+            counts[kind.__name__] = counts.get(kind.__name__, 0) + 1
     return web.json_response(counts)
+
+
+@PromptServer.instance.routes.get("/probe/loaded")
+async def loaded(request):
+    import comfy.model_management
+
+    models = [loaded.model for loaded in comfy.model_management.current_loaded_models]
+    return web.json_response({type(model.model).__name__: model.loaded_size() for model in models})
+
+
+@PromptServer.instance.routes.get("/probe/flags")
+async def flags(request):
+    return web.json_response(PromptServer.instance.prompt_queue.get_flags(reset=False))
 '''
 
 
@@ -181,6 +195,32 @@ class Server:
             image = Image.open(io.BytesIO(self.get(f"/view?{urllib.parse.urlencode(query)}")))
             shown.append(image.convert("RGB"))
         return shown
+
+    def free(self, **flags: bool) -> None:
+        """Posts to ``/free``, and returns when the server has taken it.
+
+        The thread that runs prompts misses what is set while it collects garbage after a prompt: it would sleep on
+        until the next prompt. Whatever is set wakes it, so it is set again.
+        """
+        deadline = time.monotonic() + 60
+        while True:
+            assert self.post("/free", flags)[0] == 200
+            for _ in range(10):
+                time.sleep(0.1)
+                if not self.get_json("/probe/flags"):
+                    return
+            assert time.monotonic() < deadline, "the server does not take /free"
+
+    def forgets(self, what: Callable[[], dict[str, int]]) -> bool:
+        """Whether there is nothing left of something soon: garbage is collected after `free` was taken."""
+        deadline = time.monotonic() + 20
+        while what() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return what() == {}
+
+    def loaded(self) -> dict[str, int]:
+        """What ComfyUI counts as loaded: bytes on the device, by class name."""
+        return self.get_json("/probe/loaded")
 
     def networks(self) -> dict[str, int]:
         """How many of the pack's networks and layers are in the server's memory, by class name."""

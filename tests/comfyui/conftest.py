@@ -26,8 +26,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.comfyui)
-    # The browser comes last: after its pages, `/free` was once seen to leave a DiT in memory, and why is not known.
-    items.sort(key=lambda item: item.path.name == "test_browser.py")
 
 
 @pytest.fixture(scope="session")

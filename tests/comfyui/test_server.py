@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ from comfyui_workflows import (
 from flux2_kit import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from PIL import Image
 
-NETWORKS = ("Flux2DiT", "Flux2Autoencoder")
+NETWORKS = ("Flux2DiT", "Flux2Autoencoder", "TextEncoder")
 
 
 def text_to_image(**widgets) -> tuple[API, str]:
@@ -144,13 +143,29 @@ def test_free_gives_all_memory_back_and_the_picture_comes_back(server):
     prompt, _ = text_to_image(seed=14)
     before = pixels(server, prompt)
     assert set(NETWORKS) <= set(server.networks())
-    status, _ = server.post("/free", {"unload_models": True, "free_memory": True})
-    assert status == 200
-    deadline = time.monotonic() + 60  # ComfyUI collects garbage every ten seconds
-    while server.networks() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert server.networks() == {}
+    server.free(unload_models=True, free_memory=True)
+    assert server.forgets(server.networks) and server.loaded() == {}
     assert pixels(server, prompt) == before
+
+
+def test_unloaded_models_come_back_with_the_same_picture_and_no_file_is_read(server):
+    prompt, sample = text_to_image(seed=31)
+    before = pixels(server, prompt)
+    weights = {f"{name}Weights" for name in NETWORKS}
+    assert weights <= set(server.loaded()) and all(server.loaded()[name] for name in weights)
+    networks = server.networks()
+    server.free(unload_models=True)
+    assert server.forgets(server.loaded) and server.networks() == networks
+    # Another seed first, so that the picture has to be made again.
+    prompt[sample]["inputs"]["seed"] = 32
+    assert pixels(server, prompt) != before
+    assert {"Flux2DiTWeights", "Flux2AutoencoderWeights"} <= set(server.loaded())
+    prompt[sample]["inputs"]["seed"] = 31
+    result = server.run(prompt)
+    assert result.status == "success"
+    loaders = {node_id for node_id, node in prompt.items() if node["class_type"].startswith("Flux2KitLoad")}
+    assert sample in result.executed and loaders <= result.cached
+    assert [image.tobytes() for image in server.images(result, find_one(prompt, "SaveImage"))] == before
 
 
 def test_another_order_of_pictures_gives_the_same_ones(server):
@@ -158,7 +173,7 @@ def test_another_order_of_pictures_gives_the_same_ones(server):
     one, two = text_to_image(seed=15)[0], text_to_image(seed=16)[0]
     first = pixels(server, one)
     assert pixels(server, two) != first
-    server.post("/free", {"unload_models": True, "free_memory": True})
+    server.free(unload_models=True, free_memory=True)
     assert pixels(server, one) == first
 
 

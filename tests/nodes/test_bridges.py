@@ -22,7 +22,8 @@ from flux2_kit.nodes import native_encoders, native_model
 from flux2_kit.nodes.bridges import Sigmas, ToModel, shift_exponent
 from flux2_kit.nodes.loaders import LoadedDiT
 from flux2_kit.nodes.native_encoders import BridgedCLIP, BridgedVAE
-from flux2_kit.nodes.native_model import BridgedDiT, activation_bytes, read_options, refuse_patches, velocity
+from flux2_kit.nodes.native_model import BridgedDiT, read_options, refuse_patches, velocity
+from flux2_kit.nodes.patchers import step_bytes
 from safetensors.torch import save_file
 from test_lora_nodes import random_lora
 from torch import nn
@@ -289,10 +290,10 @@ def test_memory_counts_rows_references_and_text(comfyui):
     (model,) = ToModel.convert(loaded, **OPEN)
     required = model.model.memory_required
     one = required([1, 128, 8, 8])
-    assert one == activation_bytes(loaded, 1, 64, 24)
-    assert required([2, 128, 8, 8]) == activation_bytes(loaded, 2, 64, 24) > one
+    assert one == step_bytes(loaded, 1, 64, 24)
+    assert required([2, 128, 8, 8]) == step_bytes(loaded, 2, 64, 24) > one
     shapes = {"ref_latents": [[1, 128, 36]], "c_crossattn": [[1, 30, 192]]}
-    assert required([1, 128, 8, 8], cond_shapes=shapes) == activation_bytes(loaded, 1, 100, 30)
+    assert required([1, 128, 8, 8], cond_shapes=shapes) == step_bytes(loaded, 1, 100, 30)
 
 
 def test_a_model_is_not_patched_merged_or_saved(comfyui):

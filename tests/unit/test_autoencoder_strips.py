@@ -61,6 +61,14 @@ def test_strips_give_what_the_picture_gives_at_once(autoencoder):
 
 
 @torch.inference_mode()
+def test_the_order_of_channels_changes_nothing():
+    images, plain, arranged = picture(), random(), random().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    latents = plain.encode_tiled(images)
+    torch.testing.assert_close(arranged.encode_tiled(images), latents, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(arranged.decode_tiled(latents), plain.decode_tiled(latents), rtol=1e-5, atol=1e-4)
+
+
+@torch.inference_mode()
 def test_there_is_no_seam(autoencoder, monkeypatch):
     """Differences of neighbouring rows are no larger where strips meet than they are in the picture made at once."""
     latents = autoencoder.encode(picture())

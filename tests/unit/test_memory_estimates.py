@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from flux2_kit.flux2_core import autoencoder_memory, autoencoder_strips
-from flux2_kit.flux2_core.autoencoder import AutoencoderConfig, Flux2Autoencoder
+from flux2_kit.flux2_core.autoencoder import AutoencoderConfig, Flux2Autoencoder, arrange_channels
 from flux2_kit.flux2_core.autoencoder_memory import (
     autoencoder_bytes,
     decoding_bytes,
@@ -269,7 +269,7 @@ AUTOENCODERS = [
 
 
 def make_autoencoder(config: AutoencoderConfig, dtype: torch.dtype) -> Flux2Autoencoder:
-    return Flux2Autoencoder(config).to(dtype).requires_grad_(False).eval()
+    return arrange_channels(Flux2Autoencoder(config).to(dtype).requires_grad_(False).eval())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
