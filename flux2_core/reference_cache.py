@@ -114,7 +114,7 @@ def reference_caches(dit: Flux2DiT) -> ReferenceCaches:
     return _caches[dit]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compute_alone(
     dit: Flux2DiT, tokens: Tensor, ids: Tensor, guidance: float | None, blocks: Sequence[BlockKeyValues]
 ) -> None:

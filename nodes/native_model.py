@@ -24,6 +24,7 @@ from ..flux2_core.latents import image_ids, latents_to_tokens, reference_tokens,
 from ..flux2_core.linear import Adapter
 from ..flux2_core.lora import apply_loras, linear_layers
 from ..flux2_core.pipeline import check_latents, check_num_references, check_text
+from ..flux2_core.reference_cache import reference_caches
 from ..flux2_core.variants import Variant
 from . import host, patchers
 from .loaders import LoadedDiT
@@ -124,7 +125,8 @@ class BridgedDiT(nn.Module):
     ) -> Tensor:
         assert control is None, "refused with the conditioning"
         with self._live_loras():
-            return velocity(self.loaded.dit, x, timestep, context, ref_latents, guidance)
+            is_exact = self.loaded.variant.reference_cache == "exact"
+            return velocity(self.loaded.dit, x, timestep, context, ref_latents, guidance, caches_references=is_exact)
 
     @contextmanager
     def _live_loras(self) -> Iterator[None]:
@@ -145,6 +147,7 @@ class BridgedDiT(nn.Module):
     def forget_loras(self) -> None:
         """Frees what LoRAs take of the device; the next step makes it again."""
         self._adapters = None
+        reference_caches(self.loaded.dit).settle(self.loaded.dit.device)
 
 
 def velocity(
@@ -154,6 +157,8 @@ def velocity(
     text: Tensor,
     references: Sequence[Tensor] = (),
     guidance: float | None = None,
+    *,
+    caches_references: bool = False,
 ) -> Tensor:
     """One step's velocity ``[B, 128, h, w]``, of the type and on the device of the latents.
 
@@ -163,22 +168,26 @@ def velocity(
         text: ``[B, L, C]``.
         references: latents ``[B, 128, h_i, w_i]``.
         guidance: embedded guidance, for networks with a guidance embedder.
+        caches_references: whether the network was trained to compute them once for all steps; it does not matter then
+            which step is the first one.
     """
     height, width = latents.shape[-2:]
     tokens, ids = latents_to_tokens(latents), image_ids(height, width)
     num_image_tokens = tokens.shape[1]
-    if references:
+    cached = None
+    if references and caches_references:
+        cached = reference_caches(dit).exact(dit, references, guidance)
+    elif references:
         extra_tokens, extra_ids = reference_tokens(references)
         tokens, ids = torch.cat((tokens, extra_tokens.to(tokens)), dim=1), torch.cat((ids, extra_ids))
     device, dtype = dit.device, dit.dtype
-    output = dit(
-        tokens.to(device, dtype),
+    prepared = dit.prepare(
         ids.to(device),
         text.to(device, dtype),
         text_ids(text.shape[1]).to(device),
-        sigma.to(device, torch.float32),
         None if guidance is None else torch.full((len(tokens),), guidance, device=device),
     )
+    output = dit.velocity(tokens.to(device, dtype), sigma.to(device, torch.float32), prepared, cached)
     return tokens_to_latents(output[:, :num_image_tokens], height, width).to(latents)
 
 

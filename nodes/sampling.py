@@ -16,6 +16,7 @@ from ..flux2_core.images import MIN_SIDE
 from ..flux2_core.latents import MAX_SEED
 from ..flux2_core.pipeline import MAX_STEPS, SamplingConfig, decode_latents, sample_latents
 from ..flux2_core.preview import PreviewFactors, fit_preview, preview_images
+from ..flux2_core.reference_cache import ReferenceCacheMode
 from ..flux2_core.sampling import DenoiseStep, StepCallback
 from ..flux2_core.schedule import MIN_STRENGTH
 from ..flux2_core.variants import VARIANTS
@@ -143,6 +144,15 @@ class Sample:
                         "keeps. All num_steps are run, as in KSampler.",
                     },
                 ),
+                "reference_cache": (
+                    ["auto", "off", "approximate"],
+                    {
+                        "default": SamplingConfig.reference_cache,
+                        "tooltip": "Compute references once for all steps. auto: so for klein-9b-kv, which was trained "
+                        "for it, and in every step for others. approximate: once for others too, which is faster, but "
+                        "edits go wrong more often. off: in every step.",
+                    },
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -166,13 +176,14 @@ class Sample:
         ae: Flux2Autoencoder | None = None,
         latent: Latent | None = None,
         denoise: float = SamplingConfig.strength,
+        reference_cache: ReferenceCacheMode = SamplingConfig.reference_cache,
         unique_id: str | None = None,
         **settings: Any,
     ) -> tuple[Latent]:
         prompt = read_conditioning(positive, "positive", dit.variant.text_encoder)
         against = read_conditioning(negative, "negative", dit.variant.text_encoder) if negative is not None else None
         check_agreement(prompt, against)
-        settings["strength"] = denoise
+        settings |= {"strength": denoise, "reference_cache": reference_cache}
         start = read_latent(latent, settings) if latent is not None else None
         settings = start.settings if start is not None else settings
         sampling = sampling_config(settings, prompt.guidance).resolved(dit.variant)
@@ -305,6 +316,7 @@ def describe(sampling: SamplingConfig, variant: str, num_loras: int = 0) -> str:
     parts += [f"cfg {sampling.cfg_scale:g}"] if sampling.cfg_scale not in (None, 1) else []
     parts += [f"guidance {sampling.guidance:g}"] if sampling.guidance is not None else []
     parts += [f"denoise {sampling.strength:g}"] if sampling.strength != 1 else []
+    parts += ["references approximate"] if sampling.reference_cache == "approximate" else []
     parts += [f"{num_loras} LoRA{'s' if num_loras > 1 else ''}"] if num_loras else []
     return ", ".join(parts)
 

@@ -65,7 +65,7 @@ INPUTS_AND_OUTPUTS = {
     "Flux2KitEncodePrompt": (["text_encoder", "prompt"], ["CONDITIONING"]),
     "Flux2KitEncodeReference": (["ae", "image", "resize", "tiling", "references"], ["FLUX2_REFERENCES"]),
     "Flux2KitSample": (
-        [*SAMPLING_INPUTS, "negative", "references", "ae", "latent", "denoise"],
+        [*SAMPLING_INPUTS, "negative", "references", "ae", "latent", "denoise", "reference_cache"],
         ["LATENT"],
     ),
     "Flux2KitDecode": (["ae", "latent", "tiling"], ["IMAGE"]),
