@@ -85,6 +85,8 @@ class NetworkBytes:
     """Of all other weights, which stay on the device."""
     largest_dense: int
     """Of the largest quantised weight, multiplied out."""
+    host_outer: int = 0
+    """Of `outer`, what stays in host memory where blocks are streamed."""
 
     @property
     def total(self) -> int:
@@ -157,7 +159,8 @@ def text_encoder_bytes(config: TextEncoderConfig, weight_format: WeightFormat | 
     layer += [(hidden,), (hidden,)]
     if config.family == "qwen3":
         layer += [(settings.head_dim,), (settings.head_dim,)]
-    return _network([(layer, config.num_layers)], [(shape.vocab_size, hidden)], item_bytes, weight_format)
+    network = _network([(layer, config.num_layers)], [(shape.vocab_size, hidden)], item_bytes, weight_format)
+    return replace(network, host_outer=network.outer)
 
 
 def text_encoding_bytes(config: TextEncoderConfig, weights: NetworkBytes, item_bytes: int, *, dense: bool) -> int:

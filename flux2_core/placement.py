@@ -456,9 +456,11 @@ class PlacedPipeline(Flux2Pipeline):
         if "dit" in others:
             reference_caches(self.dit).leave_device()
         for other in others:
-            if other == "dit" and name == "autoencoder" and self._dit_stays:
+            if other == "dit" and self._dit_stays:
                 if self._dit is not None and self._dit.streamer is not None:
                     self._dit.streamer.unload()
+            elif other == "text_encoder" and self._text_streamer is not None and not self._text_streamer.num_resident:
+                self._text_streamer.unload()  # nothing else of it is on the device
             elif other not in self._away:
                 self._leave(other)
         network = self._network(name)

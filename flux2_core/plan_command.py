@@ -96,8 +96,10 @@ def describe_columns(plan: MemoryPlan, request: MemoryRequest) -> tuple[str, ...
     dit, text_encoder = plan.dit, plan.text_encoder
     shown = "-"
     if text_encoder is not None:
-        layers = f"{text_encoder.num_resident} of {text_encoder.num_blocks}" if text_encoder.is_streamed else "all"
-        shown = f"{text_encoder.precision}, {layers}{' (disk)' if text_encoder.from_disk else ''}"
+        layers = "resident"
+        if text_encoder.is_streamed:
+            layers = f"streamed{' from disk' if text_encoder.from_disk else ''}"
+        shown = f"{text_encoder.precision}, {layers}"
     estimate = in_words(plan.peak_bytes)
     if plan.checkpointing is not None:
         estimate += f", checkpointing {plan.checkpointing}"

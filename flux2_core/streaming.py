@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .disk_tier import DiskReader
     from .text_encoder import TextEncoder
 
+HOST = torch.device("cpu")
 RING_SIZE = 2
 """Device buffers: one block runs while the next one arrives."""
 
@@ -110,6 +111,7 @@ class BlockStreamer:
         """Index of the block that ran last."""
         self._pass: Pass = "inference"
         self._closed = False
+        self._host_modules: list[nn.Module] = []
         if ring_size < 1:
             raise ValueError(f"the ring of device buffers needs 1 or more, got {ring_size}")
         for block in self.blocks:
@@ -178,6 +180,23 @@ class BlockStreamer:
             self._streamed = dict(sorted(self._streamed.items()))
         self._try_fp8()
 
+    def keep_in_host_memory(self, module: nn.Module) -> None:
+        """Lets a module with few numbers to give, such as a token embedding, run on the CPU, whatever moves the model.
+
+        What it gives goes to the device. It ends with `close`.
+        """
+        assert "forward" not in module.__dict__
+        module.to(HOST)
+        original = module.forward
+
+        @functools.wraps(original, updated=())
+        def forward(input: Tensor) -> Tensor:
+            return original(input.to(HOST)).to(self.device)
+
+        module.__dict__["forward"] = torch.compiler.disable(forward)
+        module.__dict__["_apply"] = functools.partial(self._apply, module)
+        self._host_modules.append(module)
+
     def unload(self) -> None:
         """Frees the device buffers; the next call makes new ones."""
         assert self._running is None
@@ -206,6 +225,9 @@ class BlockStreamer:
             streamed.block.__dict__.pop("_apply", None)
             streamed.unpin()
         self._streamed = {}
+        for module in self._host_modules:
+            del module.__dict__["forward"], module.__dict__["_apply"]
+        self._host_modules = []
         if self._disk is not None:
             self._disk.close()
 
@@ -466,7 +488,7 @@ def stream_text_encoder(
 ) -> BlockStreamer:
     """Lets a text encoder run on a device with its layers streamed there; as `stream_dit`.
 
-    The token embedding stays on the device: 1.2 to 1.3 GiB in bf16 for the encoders of dev and klein-9b.
+    The token embedding, 0.7 to 1.3 GiB in bf16, stays in host memory: a prompt looks up a few hundred rows of it.
     """
     model: Any = text_encoder.model
     names = [f"layers.{i}." for i in range(len(model.layers))]
@@ -475,8 +497,9 @@ def stream_text_encoder(
         model.layers, device, num_resident=num_resident, ring_size=ring_size, pinned=pinned, disk=disk
     )
     for name, child in model.named_children():
-        if name != "layers":
+        if name not in ("layers", "embed_tokens"):
             child.to(streamer.device)
+    streamer.keep_in_host_memory(model.embed_tokens)
     return streamer
 
 

@@ -121,8 +121,9 @@ class TextEncoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportReturnType]
+        """Where it computes."""
+        # Neither layers nor the token embedding need to be there, see `streaming`.
+        return self.model.rotary_emb.inv_freq.device  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
 
     def to(self, device: str | torch.device) -> TextEncoder:
         """Moves the weights and returns itself."""

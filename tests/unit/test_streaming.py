@@ -638,3 +638,18 @@ def test_a_text_encoder_streams_its_layers(random_tiny_files, num_resident):
     text_encoder.to("cpu")
     streamer.close()
     assert torch.equal(text_encoder.encode(["a red cube", ""]).embeddings, expected)
+
+
+def test_the_token_embedding_stays_in_host_memory(random_tiny_files):
+    text_encoder = load_text_encoder(random_tiny_files.text_encoder)
+    embedding: nn.Module = text_encoder.model.embed_tokens  # pyright: ignore
+    weight = embedding.weight
+    streamer = stream_text_encoder(text_encoder, "cpu")
+    looked_up = embedding(torch.tensor([[3, 5]]))
+    embedding.to("meta", torch.float16)
+    assert streamer.device.type == "meta" and embedding.weight is weight and weight.device.type == "cpu"
+    assert weight.dtype == torch.float16, "types change"
+    there = embedding(torch.tensor([[3, 5]], device="cpu"))
+    assert there.device.type == "meta" and there.shape == looked_up.shape
+    streamer.close()
+    assert torch.equal(embedding(torch.tensor([[3, 5]])), looked_up.half()) and "forward" not in embedding.__dict__
