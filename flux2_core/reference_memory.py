@@ -35,6 +35,27 @@ def cached_step_bytes(config: DiTConfig, tokens: TokenCounts, num_reference_toke
     return max(forward_bytes(config, tokens, how) + u + 2 * r, 15 * u + 3 * r)
 
 
+def sampling_bytes(
+    config: DiTConfig,
+    tokens: TokenCounts,
+    num_reference_tokens: int,
+    how: Computation,
+    mode: Literal["off", "exact", "approximate"],
+) -> int:
+    """Peak of sampling with references in one of the modes of `reference_cache`, the cache included.
+
+    Args:
+        tokens: with those of references.
+    """
+    if mode == "off" or not num_reference_tokens:
+        return forward_bytes(config, tokens, how)
+    picture = replace(tokens, num_tokens=tokens.num_tokens - num_reference_tokens)
+    first = first_pass_bytes(config, picture, num_reference_tokens, how, is_exact=mode == "exact")
+    rows = 1 if mode == "exact" else tokens.num_rows
+    kept = reference_cache_bytes(config, num_reference_tokens, rows, how.item_bytes)
+    return kept + max(first, cached_step_bytes(config, picture, num_reference_tokens, how))
+
+
 def first_pass_bytes(
     config: DiTConfig, tokens: TokenCounts, num_reference_tokens: int, how: Computation, *, is_exact: bool
 ) -> int:

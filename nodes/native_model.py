@@ -289,7 +289,9 @@ def bridged_model_class(base: Any) -> Any:
             references = max((prod(shape[2:]) for shape in shapes.get("ref_latents", ())), default=0)
             text = max((shape[1] for shape in shapes.get("c_crossattn", ())), default=0)
             text = max(text, loaded.variant.text_encoder.max_tokens)
-            return patchers.step_bytes(loaded, input_shape[0], prod(input_shape[2:]) + references, text)
+            num_tokens = prod(input_shape[2:]) + references
+            mode = loaded.variant.reference_cache
+            return patchers.step_bytes(loaded, input_shape[0], num_tokens, text, references, mode)
 
         def state_dict_for_saving(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
             raise ValueError("a MODEL from FLUX.2 to MODEL has no weights to save; use FLUX.2 Save Merged DiT")

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..flux2_core import reference_memory
 from ..flux2_core.autoencoder import PIXELS_PER_LATENT, Flux2Autoencoder
 from ..flux2_core.autoencoder_memory import decoding_bytes, encoding_bytes, strip_bytes
 from ..flux2_core.linear import Linear
@@ -23,11 +24,11 @@ from ..flux2_core.lora import LoraSetting, linear_layers
 from ..flux2_core.memory_estimates import (
     Computation,
     TokenCounts,
-    forward_bytes,
     text_encoder_bytes,
     text_encoding_bytes,
 )
 from ..flux2_core.pipeline import SamplingConfig
+from ..flux2_core.reference_cache import ReferenceCacheMode
 from ..flux2_core.residency import HOST, Network, Residence
 from ..flux2_core.text_encoder import TextEncoder
 from . import host
@@ -127,12 +128,21 @@ def latent_size(latents: Tensor) -> tuple[int, int]:
     return latents.shape[-1] * PIXELS_PER_LATENT, latents.shape[-2] * PIXELS_PER_LATENT
 
 
-def step_bytes(loaded: LoadedDiT, num_rows: int, num_tokens: int, num_text_tokens: int) -> int:
-    """What a forward pass of the DiT takes of the device, with the factors of its LoRAs.
+def step_bytes(
+    loaded: LoadedDiT,
+    num_rows: int,
+    num_tokens: int,
+    num_text_tokens: int,
+    num_reference_tokens: int = 0,
+    reference_cache: ReferenceCacheMode = "off",
+) -> int:
+    """What a forward pass of the DiT takes of the device, with the factors of its LoRAs and the cache of references.
 
     Args:
         num_tokens: of the picture and its references.
+        num_reference_tokens: how many of them are of references.
     """
+    assert reference_cache != "auto"
     first = next(iter(linear_layers(loaded.dit).values()))
     how = Computation(
         item_bytes=loaded.dit.dtype.itemsize,
@@ -141,16 +151,17 @@ def step_bytes(loaded: LoadedDiT, num_rows: int, num_tokens: int, num_text_token
         is_adapted=bool(loaded.loras),
     )
     counts = TokenCounts(num_rows=num_rows, num_tokens=num_tokens, num_text_tokens=num_text_tokens)
-    return forward_bytes(loaded.variant.dit, counts, how) + lora_bytes(loaded.loras)
+    peak = reference_memory.sampling_bytes(loaded.variant.dit, counts, num_reference_tokens, how, reference_cache)
+    return peak + lora_bytes(loaded.loras)
 
 
 def sampling_bytes(loaded: LoadedDiT, sampling: SamplingConfig, text: Tensor, references: Sequence[Tensor]) -> int:
     """As `step_bytes`, of sampling with resolved settings."""
     assert sampling.width and sampling.height
     sizes = [(sampling.width, sampling.height), *map(latent_size, references)]
-    num_tokens = sum((width // PIXELS_PER_LATENT) * (height // PIXELS_PER_LATENT) for width, height in sizes)
+    counts = [(width // PIXELS_PER_LATENT) * (height // PIXELS_PER_LATENT) for width, height in sizes]
     num_rows = sampling.num_images * (1 if sampling.cfg_scale in (None, 1) else 2)
-    return step_bytes(loaded, num_rows, num_tokens, text.shape[1])
+    return step_bytes(loaded, num_rows, sum(counts), text.shape[1], sum(counts[1:]), sampling.reference_cache)
 
 
 def lora_bytes(loras: Sequence[LoraSetting]) -> int:

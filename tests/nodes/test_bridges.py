@@ -16,6 +16,7 @@ from flux2_kit.flux2_core.dit import Flux2DiT
 from flux2_kit.flux2_core.lora import LoraSetting, linear_layers
 from flux2_kit.flux2_core.lora_files import read_lora
 from flux2_kit.flux2_core.pipeline import SamplingConfig, sample_latents
+from flux2_kit.flux2_core.reference_cache import reference_caches
 from flux2_kit.flux2_core.schedule import shift_sigmas, sigma_schedule
 from flux2_kit.flux2_core.variants import DIT_TINY, VARIANTS
 from flux2_kit.nodes import native_encoders, native_model
@@ -29,6 +30,7 @@ from test_lora_nodes import random_lora
 from torch import nn
 
 TINY = VARIANTS["tiny"]
+CACHING = replace(TINY, reference_cache="exact", name="caching")
 GUIDED = replace(TINY, dit=replace(DIT_TINY, has_guidance_embedder=True), guidance=4.0, name="guided")
 OPEN = {"width": 0, "height": 0, "num_steps": 0, "flow_shift": 0.0}
 
@@ -107,7 +109,7 @@ def comfyui(monkeypatch):
 # The network behind a MODEL
 
 
-@pytest.mark.parametrize("variant", [TINY, GUIDED], ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant", [TINY, GUIDED, CACHING], ids=lambda variant: variant.name)
 def test_native_steps_over_the_velocity_are_those_of_flux2_sample(variant):
     loaded, text, negative = loaded_dit(variant), random_like(1, 24, 192), random_like(1, 24, 192, seed=1)
     references = [random_like(1, 128, 3, 5, seed=2), random_like(1, 128, 4, 4, seed=3)]
@@ -127,6 +129,8 @@ def test_native_steps_over_the_velocity_are_those_of_flux2_sample(variant):
         denoised = other + 3.0 * (positive - other)
         x = x + (x - denoised) / sigma * (after - sigma)
     assert ((x - ours).norm() / ours.norm()).item() < 1e-5
+    caches = reference_caches(loaded.dit)._kept
+    assert len(caches) == (1 if variant is CACHING else 0), "the rows of a batch have the same references"
 
 
 def test_the_velocity_keeps_type_and_size_of_the_latents():
@@ -294,6 +298,10 @@ def test_memory_counts_rows_references_and_text(comfyui):
     assert required([2, 128, 8, 8]) == step_bytes(loaded, 2, 64, 24) > one
     shapes = {"ref_latents": [[1, 128, 36]], "c_crossattn": [[1, 30, 192]]}
     assert required([1, 128, 8, 8], cond_shapes=shapes) == step_bytes(loaded, 1, 100, 30)
+    (caching,) = ToModel.convert(loaded_dit(CACHING), **OPEN)
+    with_cache = caching.model.memory_required([1, 128, 8, 8], cond_shapes=shapes)
+    keys_and_values = 2 * 6 * 36 * TINY.dit.hidden_size * 4
+    assert with_cache == step_bytes(loaded, 1, 100, 30, 36, "exact") > step_bytes(loaded, 1, 64, 30) + keys_and_values
 
 
 def test_a_model_is_not_patched_merged_or_saved(comfyui):
