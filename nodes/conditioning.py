@@ -39,7 +39,7 @@ UNSUPPORTED_OPTIONS = {
     "control": "a ControlNet",
     "gligen": "GLIGEN boxes",
     "hooks": "hooks",
-    "concat_latent_image": "an inpainting latent",
+    "concat_latent_image": "an inpainting latent (connect a latent with a mask to latent for inpainting)",
 }
 """Options of native CONDITIONING that FLUX.2 Sample has no way to carry out, for people."""
 
