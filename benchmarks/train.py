@@ -208,7 +208,8 @@ def our_step(options: argparse.Namespace) -> Callable[[], None]:
     """A step as `training.lora_recipe` takes it."""
     import torch
     from flux2_kit.training.adapters import AdapterConfig, TrainableAdapters
-    from flux2_kit.training.flow_matching import velocity_losses
+    from flux2_kit.training.flow_matching import training_attention, velocity_losses
+    from flux2_kit.training.optimizer_step import GuardedStep
     from flux2_kit.training.optimizers import OptimizerConfig, make_optimizer
 
     inputs = make_inputs(options)
@@ -218,15 +219,17 @@ def our_step(options: argparse.Namespace) -> Callable[[], None]:
     adapters.attach()
     parameters = list(adapters.parameters())
     optimizer = make_optimizer(adapters.parameter_groups(1e-4), OptimizerConfig())
+    end_step = GuardedStep(optimizer, parameters, 1.0, None, fp16=False)
     latents = inputs["latents"]
+    num_tokens = latents.shape[-2] * latents.shape[-1] + inputs["text"].shape[1]
 
     def step() -> None:
         noise = torch.randn_like(latents)
         sigma = torch.rand(options.batch_size, device=latents.device)
-        velocity_losses(dit, latents, inputs["text"], noise, sigma).mean().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with adapters.cast_once(dit.dtype), training_attention(dit, num_tokens):
+            loss = velocity_losses(dit, latents, inputs["text"], noise, sigma).mean()
+            end_step.backward(loss)
+        end_step(loss.detach())
 
     return step
 

@@ -5,17 +5,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..flux2_core.dit import Flux2DiT
 from ..flux2_core.latents import REFERENCE_TIME_STEP, image_ids, latents_to_tokens, text_ids
 
 TRAINING_GUIDANCE = 1.0
 """What a guidance embedder is fed in training: the plain, unguided velocity is what the data shows."""
+
+MAX_PRODUCT_TOKENS = 1024
+"""Up to so many tokens attention is done by products on a CPU: its weights are tokens x tokens for every head."""
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -61,6 +66,19 @@ def velocity_losses(
         return errors.mean(dim=1)
     weights = mask.flatten(1)
     return (errors * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(torch.finfo(weights.dtype).eps)
+
+
+@contextmanager
+def training_attention(dit: Flux2DiT, num_tokens: int) -> Iterator[None]:
+    """Forward and backward inside of the block use the attention that trains fastest for so many tokens.
+
+    The backward pass of torch's flash attention for CPUs takes a quarter of a step in 16 bits, products 3 %.
+    """
+    if dit.device.type == "cpu" and dit.dtype.itemsize == 2 and num_tokens <= MAX_PRODUCT_TOKENS:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield
 
 
 @lru_cache(maxsize=64)

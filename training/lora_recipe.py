@@ -37,7 +37,7 @@ from .adapters import TrainableAdapters, config_from_lora
 from .base_model import DTYPES, BaseModel
 from .cache import CachedDataset
 from .config import TrainConfig
-from .flow_matching import velocity_losses
+from .flow_matching import training_attention, velocity_losses
 from .loader import StepLoader, count_steps, largest_batch, make_schedule
 from .lora_metadata import lora_metadata
 from .metrics import MetricsWriter, RunningAverage, open_trackers
@@ -232,8 +232,9 @@ class LoraRun:
         total = torch.zeros((), device=self.device)
         with self._random_state(step), self.adapters.cast_once(self.dit.dtype):
             for batch in batches:
-                loss = self._losses(batch).sum() / num_samples
-                self.take_step.backward(loss)
+                with training_attention(self.dit, batch.num_tokens):
+                    loss = self._losses(batch).sum() / num_samples
+                    self.take_step.backward(loss)
                 total += loss.detach()
         return self.take_step(self._add_up(total))
 
@@ -455,7 +456,11 @@ class LoraRun:
     def _fits(self, batch: TrainBatch) -> bool:
         """Whether there is memory for a forward and backward pass."""
         try:
-            with self._random_state(0), self.adapters.cast_once(self.dit.dtype):
+            with (
+                self._random_state(0),
+                self.adapters.cast_once(self.dit.dtype),
+                training_attention(self.dit, batch.num_tokens),
+            ):
                 self.take_step.backward(self._losses(batch).sum())
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

@@ -37,6 +37,12 @@ class TrainBatch:
     weights: Tensor
     """``[B]``, fp32: of the losses."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Of one sample: picture, references and text."""
+        pictures = (self.latents, *self.references)
+        return sum(picture.shape[-2] * picture.shape[-1] for picture in pictures) + self.text.shape[1]
+
     def map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
         """A copy with ``function`` applied to every tensor."""
         return TrainBatch(
