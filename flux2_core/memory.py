@@ -67,9 +67,12 @@ def plan_memory(request: MemoryRequest, budget_bytes: int | None, host_bytes: in
     """
     slow: MemoryPlan | None = None
     for precision, only_resident, disk in _candidates(request):
-        for checkpointing, place in product(_checkpointing_modes(request), _places(request)):
-            tried = Stages(request, precision, checkpointing, place)
-            plan = tried.plan(budget_bytes, host_bytes, only_resident=only_resident, from_disk=disk)
+        for checkpointing in _checkpointing_modes(request):
+            tried = [Stages(request, precision, checkpointing, place) for place in _places(request)]
+            plans = [
+                stages.plan(budget_bytes, host_bytes, only_resident=only_resident, from_disk=disk) for stages in tried
+            ]
+            plan = min((plan for plan in plans if plan), key=lambda plan: plan.delay_seconds, default=None)
             if plan is None:
                 continue
             if only_resident and plan.is_slow:

@@ -226,6 +226,8 @@ class Stages:
         copying = dit.streamed_bytes / (DISK_RATE if dit.from_disk else PINNED_RATE)
         hidden_part = computing if dit.ring_size > 1 else 0
         delay = passes * (max(0.0, copying - hidden_part) + UNHIDDEN_SHARE * copying)
+        if self.place == "host":
+            delay += passes * self.cache / PINNED_RATE
         if text_encoder is not None:
             delay += text_encoder.streamed_bytes / (DISK_RATE if text_encoder.from_disk else PINNED_RATE)
         if not plan.dit_stays:  # before the prompt and before the picture, there and back
