@@ -12,7 +12,7 @@ from torch import Tensor
 from ..flux2_core.autoencoder import PIXELS_PER_LATENT, Flux2Autoencoder
 from ..flux2_core.images import MIN_SIDE
 from ..flux2_core.pipeline import MAX_STEPS, SamplingConfig
-from ..flux2_core.schedule import empirical_mu, sigma_schedule
+from ..flux2_core.schedule import MIN_STRENGTH, empirical_mu, sigma_schedule
 from ..flux2_core.text_encoder import TextEncoder
 from . import host
 from .loaders import LoadedDiT
@@ -63,7 +63,7 @@ class Sigmas:
     FUNCTION = "compute"
     RETURN_TYPES = ("SIGMAS",)
     RETURN_NAMES = ("sigmas",)
-    OUTPUT_TOOLTIPS = ("Noise levels from 1 to 0, one more than there are steps.",)
+    OUTPUT_TOOLTIPS = ("Noise levels down to 0, one more than there are steps.",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -71,7 +71,20 @@ class Sigmas:
             "required": {
                 "dit": ("FLUX2_DIT", {"tooltip": "Its variant decides what is left at 0."}),
                 **schedule_widgets(),
-            }
+            },
+            "optional": {
+                "denoise": (
+                    "FLOAT",
+                    {
+                        "default": SamplingConfig.strength,
+                        "min": MIN_STRENGTH,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "Below 1 for image to image: the last num_steps of a schedule that is longer by as "
+                        "much, as in FLUX.2 Sample and KSampler.",
+                    },
+                ),
+            },
         }
 
     @classmethod
@@ -81,10 +94,13 @@ class Sigmas:
         return validate_schedule(width, height, num_steps)
 
     @classmethod
-    def compute(cls, dit: LoadedDiT, **settings: Any) -> tuple[Tensor]:
-        sampling = sampling_config(settings, None).resolved(dit.variant)
+    def compute(cls, dit: LoadedDiT, *, denoise: float = SamplingConfig.strength, **settings: Any) -> tuple[Tensor]:
+        sampling = sampling_config({**settings, "strength": denoise}, None).resolved(dit.variant)
         assert sampling.num_steps is not None
-        return (sigma_schedule(sampling.num_steps, num_tokens(sampling), sampling.flow_shift).float(),)
+        sigmas = sigma_schedule(
+            sampling.num_steps, num_tokens(sampling), sampling.flow_shift, strength=sampling.strength
+        )
+        return (sigmas.float(),)
 
 
 class ToVAE:

@@ -205,14 +205,16 @@ def test_image_to_image_is_that_of_ksampler(server, denoise):
     assert difference(server, prompt, name=f"denoise_{denoise}") < TOLERANCE
 
 
-def test_image_to_image_is_that_of_basic_scheduler(server):
+@pytest.mark.parametrize("sigmas", ["part", "basic_scheduler"])
+def test_image_to_image_is_that_of_custom_sampling(server, sigmas):
     prompt = picture(
         ours=sample(latent=["start", 0], denoise=0.5),
+        part=node("Flux2KitSigmas", dit=["dit", 0], **OPEN, denoise=0.5),
         basic_scheduler=node("BasicScheduler", model=["model", 0], scheduler="simple", steps=20, denoise=0.5),
     )
-    custom_sampler(prompt, guider(), "basic_scheduler")
+    custom_sampler(prompt, guider(), sigmas)
     prompt["native"]["inputs"]["latent_image"] = ["start", 0]
-    assert difference(server, prompt, name="denoise_custom") < TOLERANCE
+    assert difference(server, prompt, name=f"denoise_{sigmas}") < TOLERANCE
 
 
 @pytest.mark.parametrize("denoise", [0.5, 1.0])

@@ -203,6 +203,21 @@ def test_a_template_opens(window, artifacts, name):
     assert window.new_errors() == []
 
 
+def test_a_workflow_from_before_inputs_were_added_opens_with_their_defaults(window):
+    """Widget values are saved by position: what is new stands behind what was there."""
+    name = "text_to_image_tiny"
+    workflow, num_new = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")), {"Flux2KitSample": 2}
+    num_new |= {"Flux2KitLoadDiT": 1, "Flux2KitLoadTextEncoder": 1}
+    for node in workflow["nodes"]:
+        values = node["widgets_values"]
+        del values[len(values) - num_new.get(node["type"], 0) :]
+        node["inputs"] = [entry for entry in node["inputs"] if entry["name"] != "latent" or entry["link"]]
+    window.page.evaluate("workflow => app.loadGraphData(workflow, true, true, 'from before')", workflow)
+    queued = window.page.evaluate("app.graphToPrompt().then(result => result.output)")
+    inputs = {node_id: node["inputs"] for node_id, node in queued.items()}
+    assert inputs == {node_id: node["inputs"] for node_id, node in read_api(name).items()}
+
+
 def overlapping(window: Window) -> list[list[str]]:
     """Pairs of nodes that lie on each other as the page draws them."""
     return window.page.evaluate(

@@ -95,7 +95,7 @@ INPUTS_AND_OUTPUTS = {
     "Flux2KitToModel": (["dit", "width", "height", "num_steps", "flow_shift"], ["MODEL"]),
     "Flux2KitToVAE": (["ae"], ["VAE"]),
     "Flux2KitToCLIP": (["text_encoder"], ["CLIP"]),
-    "Flux2KitSigmas": (["dit", "width", "height", "num_steps", "flow_shift"], ["SIGMAS"]),
+    "Flux2KitSigmas": (["dit", "width", "height", "num_steps", "flow_shift", "denoise"], ["SIGMAS"]),
     "Flux2KitEncodeImage": (["ae", "image", "tiling", "mask"], ["LATENT"]),
 }
 """Widget values are saved by position: inputs may be added at the end, never moved."""
