@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .attention_backends import AttentionBackend, attend
 
 COMPLEX_DEVICES = ("cpu", "cuda")
 """Where complex numbers are as fast as others; torch.compile does not join their operations."""
@@ -44,7 +45,6 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend = "auto") -> Tensor:
     """Softmax attention of ``[B, H, N, head_dim]``, heads merged: ``[B, N, H * head_dim]``."""
-    out = F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(1, 2).flatten(2)
+    return attend(q, k, v, backend).transpose(1, 2).flatten(2)

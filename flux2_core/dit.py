@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .activation_checkpointing import Checkpointing, block_runner
 from .attention import attention, rope_table
+from .attention_backends import AttentionBackend
 from .fused import fp8_rows, gated_residual, heads, joined_swiglu, modulated_norm, swiglu
 from .key_values import BlockKeyValues
 from .linear import Linear
@@ -45,6 +46,11 @@ class DiTConfig:
     rope_axes: tuple[int, int, int, int] = (32, 32, 32, 32)
     """Channels of a head that rotate with each of the position axes (t, h, w, l)."""
     rope_theta: float = 2000.0
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return sum(self.rope_axes)
 
     def __post_init__(self) -> None:
         assert sum(self.rope_axes) * self.num_heads == self.hidden_size, self
@@ -82,11 +88,11 @@ class SelfAttention(nn.Module):
         self.proj = Linear(hidden_size, hidden_size)
 
 
-class MLP(nn.Sequential):
+class MLP(nn.ModuleList):
     """SwiGLU between two Linears; those are 0 and 2, as in checkpoints."""
 
     def __init__(self, hidden_size: int, inner_size: int) -> None:
-        super().__init__(Linear(hidden_size, 2 * inner_size), nn.Identity(), Linear(inner_size, hidden_size))
+        super().__init__((Linear(hidden_size, 2 * inner_size), nn.Identity(), Linear(inner_size, hidden_size)))
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """The change of ``x`` ``[B, N, D]``, which is normed and modulated first."""
@@ -126,6 +132,8 @@ class Modulation(nn.Module):
 class DoubleBlock(nn.Module):
     """Text and image streams with weights of their own, joined in one attention."""
 
+    attention_backend: AttentionBackend = "auto"
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         hidden, mlp = config.hidden_size, config.hidden_size * config.mlp_ratio
@@ -162,7 +170,7 @@ class DoubleBlock(nn.Module):
         )
         if references is not None:
             k, v = references.join(k, v)
-        txt_out, img_out = attention(q, k, v).split([txt.shape[1], img.shape[1]], dim=1)
+        txt_out, img_out = attention(q, k, v, self.attention_backend).split([txt.shape[1], img.shape[1]], dim=1)
 
         img = gated_residual(img, img_gate1, self.img_attn.proj(fp8_rows(img_out, into=self.img_attn.proj)))
         img = gated_residual(img, img_gate2, self.img_mlp(img, img_shift2, img_scale2))
@@ -184,12 +192,14 @@ class DoubleBlock(nn.Module):
         q, k, v = heads(projections, (self.img_attn.norm.scales,), rope, self.num_heads)
         if references is not None:
             k, v = references.join(k, v)
-        img = gated_residual(img, gate1, out(fp8_rows(attention(q, k, v), into=out)))
+        img = gated_residual(img, gate1, out(fp8_rows(attention(q, k, v, self.attention_backend), into=out)))
         return gated_residual(img, gate2, self.img_mlp(img, shift2, scale2))
 
 
 class SingleBlock(nn.Module):
     """Attention and MLP in parallel over text and image tokens together."""
+
+    attention_backend: AttentionBackend = "auto"
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -213,7 +223,7 @@ class SingleBlock(nn.Module):
         q, k, v = heads((qkv,), (self.norm.scales,), rope, self.num_heads)
         if references is not None:
             k, v = references.join(k, v)
-        joined = joined_swiglu(attention(q, k, v), mlp, into=self.linear2)
+        joined = joined_swiglu(attention(q, k, v, self.attention_backend), mlp, into=self.linear2)
         return gated_residual(x, gate, self.linear2(joined))
 
 
@@ -261,6 +271,11 @@ class Flux2DiT(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_double_blocks))
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_blocks))
         self.final_layer = FinalLayer(config)
+
+    @property
+    def blocks(self) -> list[DoubleBlock | SingleBlock]:
+        """In the order in which they run."""
+        return [*self.double_blocks, *self.single_blocks]  # pyright: ignore[reportReturnType]
 
     @property
     def dtype(self) -> torch.dtype:

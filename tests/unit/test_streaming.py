@@ -289,10 +289,10 @@ def test_compiled_blocks_are_compiled_once_for_all_and_run_streamed():
             block.compile(backend=backend)
         streamer = streamer or stream_dit(dit, "cpu", num_resident=2)
         for _ in range(2):
-            assert torch.equal(sample(dit), expected)
+            torch.testing.assert_close(sample(dit), expected)  # the rotation is written out for a compiler
         assert len(graphs) == 2, (when, "one for double and one for single blocks")
         streamer.close()
-        assert torch.equal(sample(dit), expected)
+        torch.testing.assert_close(sample(dit), expected)
 
 
 # Training
