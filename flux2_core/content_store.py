@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 import torch
@@ -47,6 +47,10 @@ class ContentStore(Generic[Value]):
         """Lets values leave until there is room for one more of this size."""
         while self._items and (len(self._items) >= self.max_items or self.num_bytes + num_bytes > self.max_bytes):
             self._items.popitem(last=False)
+
+    def remove(self, is_unwanted: Callable[[Value], bool]) -> None:
+        """Lets some values leave."""
+        self._items = OrderedDict((key, item) for key, item in self._items.items() if not is_unwanted(item[0]))
 
     def clear(self) -> None:
         """Lets everything leave."""

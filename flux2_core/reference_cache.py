@@ -91,13 +91,11 @@ class ReferenceCaches:
     def settle(self, device: torch.device) -> None:
         """After a run: what would be in the way of others leaves the device, unless a plan counts on it."""
         if self.place is None and (free := device_budget(device)) is not None:
-            self._kept.max_bytes = max(free // KEPT_SHARE, 0)
-            self._kept.make_room(0)
+            self._kept.remove(lambda kept: _device_bytes(kept[0]) > free // KEPT_SHARE)
 
     def leave_device(self) -> None:
         """Forgets what is not in host memory: others need the device."""
-        if self.place != "host":
-            self.clear()
+        self._kept.remove(lambda kept: _device_bytes(kept[0]) > 0)
 
     def clear(self) -> None:
         """Forgets all."""
@@ -135,6 +133,11 @@ def compute_alone(
         guidance=embedded,
     )
     dit.velocity(tokens.to(device, dtype), torch.zeros(rows, device=device), prepared, blocks)
+
+
+def _device_bytes(blocks: Sequence[BlockKeyValues]) -> int:
+    """What a cache takes of the device that it was computed on."""
+    return sum(block.num_bytes for block in blocks if block.store is None)
 
 
 def _distinct_rows(references: Sequence[Tensor]) -> list[Tensor]:
