@@ -392,13 +392,13 @@ def _read(
     moves = step.operation in ("join", "swap_halves")
     kept_as_is = stored == dtype and scale is None and not moves and device.type == "cpu"
     kept_as_is = kept_as_is and source.num_bytes >= MAPPED_FROM_BYTES
-    tensor = source.get(name, mapped=kept_as_is)
+    tensor = source.get(name, mapped=kept_as_is, device=device)
     if scale is not None:
         try:
-            return dequantise(tensor.to(device), source.get(scale).to(device), dtype)
+            return dequantise(tensor, source.get(scale, device=device), dtype)
         except ValueError as error:
             raise ValueError(f"{scale} in {source.path}: {error}; give the bf16 file") from error
-    return tensor.to(device=device, dtype=dtype)
+    return tensor.to(dtype)
 
 
 # Under inference mode, as inside a ComfyUI node, the weights would be barred from any later training.

@@ -17,6 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .block_memory import Transfers, make_transfers
+from .device_memory import available_host_bytes
+from .file_reader import FileReader, expect
 from .files import read_json_object
 
 MAX_HEADER_BYTES = 100_000_000
@@ -138,6 +141,9 @@ class TensorSource:
                 "index and shards are not of one download"
             )
         self._handles: dict[Path, Any] = {}
+        self._reader = FileReader()
+        self._transfers: dict[torch.device, Transfers] = {}
+        self._is_read_ahead: bool | None = None
 
     @property
     def names(self) -> list[str]:
@@ -158,38 +164,50 @@ class TensorSource:
         """Type of a tensor, None where torch has none to hold it."""
         return TORCH_DTYPES.get(self.table[name].dtype)
 
-    def get(self, name: str, mapped: bool = False) -> Tensor:
-        """Reads one tensor, on the CPU and as it is stored.
+    def get(self, name: str, mapped: bool = False, device: str | torch.device = "cpu") -> Tensor:
+        """Reads one tensor as it is stored.
 
         Args:
-            mapped: whether the tensor may share memory with the file, read as it is used and given back by the system
-                when memory is short; writing to it does not change the file. Otherwise it is read into memory of its
-                own.
+            mapped: whether a tensor on the CPU may share memory with the file, read as it is used and given back by the
+                system when memory is short; writing to it does not change the file. Otherwise it is read into memory
+                of its own.
+            device: where it goes; to CUDA it passes through pinned memory part by part, and the copies need not be over
+                when it is given back: they come before what is computed next.
 
         Raises:
             ValueError: the type is not one torch can hold, or the file changed since it was opened.
         """
-        entry = self.table[name]
+        entry, device = self.table[name], torch.device(device)
         dtype = TORCH_DTYPES.get(entry.dtype)
         if dtype is None:
             raise ValueError(
                 f"{entry.file}: {name} has the type {entry.dtype}; types that are read: {', '.join(TORCH_DTYPES)}"
             )
         # A view needs its offset to be a multiple of the element's size, which not every writer sees to.
-        if mapped and entry.num_bytes and entry.begin % dtype.itemsize == 0:
+        if mapped and device.type == "cpu" and entry.num_bytes and entry.begin % dtype.itemsize == 0:
             return self._map(entry, name)
-        data = torch.empty(entry.num_bytes, dtype=torch.uint8)
-        if entry.num_bytes:
-            with entry.file.open("rb") as file:
-                file.seek(entry.begin)
-                if file.readinto(data.numpy().data) != entry.num_bytes:
-                    raise ValueError(f"{entry.file} was cut off while it was read; download it again")
-        return data.view(dtype).reshape(entry.shape)
+        is_staged = device.type == "cuda"
+        data = torch.empty(entry.num_bytes, dtype=torch.uint8, device=device if is_staged else "cpu")
+        try:
+            self._reader.fill(entry.file, entry.begin, data, self._transfers_to(device) if is_staged else None)
+        except EOFError as error:
+            raise ValueError(f"{entry.file} was cut off while it was read; download it again") from error
+        return data.view(dtype).reshape(entry.shape).to(device)
+
+    def _transfers_to(self, device: torch.device) -> Transfers:
+        if device not in self._transfers:
+            self._transfers[device] = make_transfers(device)
+        return self._transfers[device]
 
     def _map(self, entry: TensorEntry, name: str) -> Tensor:
         try:
             if entry.file not in self._handles:
                 self._handles[entry.file] = safe_open(entry.file, framework="pt", device="cpu")
+            if self._is_read_ahead is None:
+                # What does not fit is streamed from the file: reading it ahead would only push other things out.
+                self._is_read_ahead = 2 * self.num_bytes < (available_host_bytes() or 0)
+            if self._is_read_ahead:
+                expect(entry.file, entry.begin, entry.num_bytes)
             return self._handles[entry.file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{entry.file} cannot be mapped: {error}; download it again") from error

@@ -315,14 +315,14 @@ class LanguageModelWeights:
         if marker in self.quantisation.formats:
             check_format(self.source, self.names[marker])
         mapped = to_keep and stored == dtype and device.type == "cpu"
-        weight = self.source.get(self.names[name], mapped=mapped).to(device)
+        weight = self.source.get(self.names[name], mapped=mapped, device=device)
         if name not in self.quantisation.scales:
             return weight.to(dtype)
         scale = self.names[self.quantisation.scales[name]]
         try:
             if stored not in FLOAT8_DTYPES:
                 raise ValueError(f"a scale on {stored} weights is not supported")
-            return dequantise(weight, self.source.get(scale).to(device), dtype)
+            return dequantise(weight, self.source.get(scale, device=device), dtype)
         except ValueError as error:
             raise ValueError(f"{scale} in {self.path}: {error}") from error
 
@@ -333,7 +333,7 @@ class LanguageModelWeights:
         if kept and (scale_shape is None or has_row_scale(shape, scale_shape)):
             scale = self.names.get(self.quantisation.scales.get(name, ""))
             scales = torch.ones(()) if scale is None else self.source.get(scale)
-            weight = self.source.get(self.names[name], mapped=device.type == "cpu").to(device)
+            weight = self.source.get(self.names[name], mapped=True, device=device)
             return weight, row_scale(scales, shape[0]).to(device)
         return FORMATS[weight_format].quantise(self.get(name, self.dense_dtype(name), device, to_keep=False))
 
