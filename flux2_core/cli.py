@@ -33,6 +33,7 @@ examples:
   flux2 generate --prompt "a large red circle at the top left on a blue background"
   flux2 generate --prompt "make the circle green" --control_image_path output/circle.png
   flux2 generate --model_version klein-4b --models_dir ComfyUI/models --prompt "a lighthouse at dawn"
+  flux2 generate --prompt "a large green circle" --image_path output/circle.png --strength 0.6
   flux2 generate --lora_weight style.safetensors --lora_multiplier 0.8 --prompt "a lighthouse at dawn"
   flux2 convert-lora lora.safetensors for-comfyui.safetensors --to comfy
   flux2 quantize --dit flux-2-klein-9b.safetensors --output klein-9b-fp8.safetensors --format fp8

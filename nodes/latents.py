@@ -118,7 +118,7 @@ class EmptyLatent:
         if aspect_ratio != CUSTOM:
             width, height = picture_size(aspect_ratio, megapixels)
         config = SamplingConfig(width=width, height=height, num_images=batch_size)
-        host.show_text(f"{width}x{height} px, {width * height / PIXELS_PER_MEGAPIXEL:.2f} megapixels", unique_id)
+        host.show_text(f"{width}x{height} px, {width * height / PIXELS_PER_MEGAPIXEL:.3g} megapixels", unique_id)
         shape = (config.num_images, NUM_LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
         return ({"samples": torch.zeros(shape)}, width, height)
 

@@ -68,7 +68,7 @@ def test_a_latent_has_the_size_that_was_asked_for(nodes, texts, aspect_ratio, me
     assert (width, height) == size
     assert latent["samples"].shape == (2, 128, height // 16, width // 16)
     assert latent["samples"].dtype == torch.float32 and not latent["samples"].any()
-    assert texts == [f"{width}x{height} px, {width * height / 2**20:.2f} megapixels"]
+    assert texts == [f"{width}x{height} px, {width * height / 2**20:.3g} megapixels"]
 
 
 def test_every_aspect_ratio_comes_near(pack, nodes):
