@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from .acceleration_options import add_acceleration_options
 from .command_errors import describe_error
 from .memory_options import PRECISIONS, add_memory_options
 from .picture_metadata import kit_version
@@ -32,8 +33,8 @@ EXAMPLES = """\
 examples:
   flux2 generate --prompt "a large red circle at the top left on a blue background"
   flux2 generate --prompt "make the circle green" --control_image_path output/circle.png
-  flux2 generate --model_version klein-4b --models_dir ComfyUI/models --prompt "a lighthouse at dawn"
   flux2 generate --prompt "a large green circle" --image_path output/circle.png --strength 0.6
+  flux2 generate --model_version klein-4b --models_dir ComfyUI/models --prompt "a lighthouse at dawn"
   flux2 generate --lora_weight style.safetensors --lora_multiplier 0.8 --prompt "a lighthouse at dawn"
   flux2 convert-lora lora.safetensors for-comfyui.safetensors --to comfy
   flux2 quantize --dit flux-2-klein-9b.safetensors --output klein-9b-fp8.safetensors --format fp8
@@ -228,6 +229,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", choices=("bf16", "fp32"), help="of DiT and text encoder, unquantised; default: as in the files"
     )
+    add_acceleration_options(group)
     memory = parser.add_argument_group("memory")
     add_memory_options(memory)
     memory.add_argument("--vae_tiling", action="store_true", help="encode and decode pictures in strips: less memory")

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from .acceleration_options import read_acceleration_options
 from .autoencoder import Flux2Autoencoder
 from .checkpoint import load_autoencoder
 from .command_errors import describe_error, is_out_of_memory
@@ -58,7 +59,8 @@ MAX_KEPT_EMBEDDINGS = 32
 NOT_FOR_LATENTS = (
     "negative_prompt", "control_image_path", "no_resize_control", "reference_cache", "image_size", "infer_steps",
     "guidance_scale", "embedded_cfg_scale", "flow_shift", "seed", "num_images", "image_path", "strength", "lora_weight",
-    "lora_multiplier", "include_patterns", "exclude_patterns", "allow_unmatched", "save_merged_model",
+    "lora_multiplier", "include_patterns", "exclude_patterns", "allow_unmatched", "save_merged_model", "attention",
+    "attn_mode", "compile",
 )  # fmt: skip
 """Options of sampling; latents that are only decoded were sampled already."""
 
@@ -130,6 +132,7 @@ def generate(args: argparse.Namespace, launch: Launch) -> int:
             dtype=DTYPES[args.dtype] if args.dtype else None,
             device=device,
             **read_memory_options(args),
+            acceleration=read_acceleration_options(args),
             needs=memory_needs(args, files, [job for _, job in jobs]),
             loras=loras,
         )

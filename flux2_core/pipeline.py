@@ -33,6 +33,7 @@ from .text_encoder import TextEncoder
 from .variants import Variant, get_variant
 
 if TYPE_CHECKING:
+    from .acceleration import Acceleration
     from .lora import LoraSetting
     from .memory import MemoryNeeds, PlanPrecision
 
@@ -515,6 +516,7 @@ def load_pipeline(
     vram_budget_gib: float | None = None,
     needs: MemoryNeeds | None = None,
     loras: Sequence[LoraSetting] = (),
+    acceleration: Acceleration | None = None,
 ) -> Flux2Pipeline:
     """Loads the three networks, or lets them take turns on the device where it cannot hold them all.
 
@@ -534,6 +536,7 @@ def load_pipeline(
             elsewhere there is no limit.
         needs: what the pictures will be like; None: one of the variant's default size.
         loras: live on the DiT from the beginning.
+        acceleration: the DiT's attention kernel and torch.compile; None: the defaults.
 
     Raises:
         ValueError: weights that are missing, damaged, or of another model; a budget that is too small.
@@ -567,4 +570,5 @@ def load_pipeline(
         vram_budget_gib=vram_budget_gib,
         needs=needs,
         loras=loras,
+        acceleration=acceleration,
     )

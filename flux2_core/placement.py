@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .acceleration import Acceleration, accelerate
 from .autoencoder import Flux2Autoencoder
 from .autoencoder_memory import Tiling
 from .checkpoint import DiTReader, is_quantised_layer, load_autoencoder, load_dit
@@ -244,6 +245,7 @@ def place_pipeline(
     vram_budget_gib: float | None = None,
     needs: MemoryNeeds | None = None,
     loras: Sequence[LoraSetting] = (),
+    acceleration: Acceleration | None = None,
 ) -> Flux2Pipeline:
     """Loads a pipeline by a plan, which it logs; arguments and errors are those of `pipeline.load_pipeline`."""
     request = MemoryRequest(
@@ -259,7 +261,9 @@ def place_pipeline(
     )
     plan = plan_memory(request, device_budget(device, vram_budget_gib), available_host_bytes())
     log_plan(plan, request, device, vram_budget_gib)
-    pipeline = PlacedPipeline(files, request, plan, device, tokenizer=tokenizer, loras=loras)
+    pipeline = PlacedPipeline(
+        files, request, plan, device, tokenizer=tokenizer, loras=loras, acceleration=acceleration or Acceleration()
+    )
     if not plan.takes_turns:
         pipeline.load_all()
     return pipeline
@@ -316,12 +320,13 @@ class PlacedPipeline(Flux2Pipeline):
         *,
         tokenizer: Path | None = None,
         loras: Sequence[LoraSetting] = (),
+        acceleration: Acceleration,
     ) -> None:
         self.variant = files.variant
         self.files, self.request, self.plan, self.device = files, request, plan, device
         self.lowers = device.type != "cpu"
         """Whether running out of memory is answered by leaving less on the device: without one that frees nothing."""
-        self._tokenizer, self._loras = tokenizer, tuple(loras)
+        self._tokenizer, self._loras, self._acceleration = tokenizer, tuple(loras), acceleration
         self._takes_turns, self._dit_stays = plan.takes_turns, plan.dit_stays
         self._tiling: Tiling = plan.tiling
         # Not by network: one that was freed for another is loaded again from the same file.
@@ -432,6 +437,7 @@ class PlacedPipeline(Flux2Pipeline):
     def _load_dit(self) -> Flux2DiT:
         self._dit = place_dit(self.files.dit, self.variant, self.plan.dit, self.device, facts=self.request.dit_file)
         apply_loras(self._dit.dit, self._loras)
+        accelerate(self._dit.dit, self._acceleration)
         reference_caches(self._dit.dit).place = self.plan.reference_cache
         return self._dit.dit
 

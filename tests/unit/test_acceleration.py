@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from flux2_kit.flux2_core import acceleration, attention_backends
 from flux2_kit.flux2_core.acceleration import Acceleration, accelerate, compile_blocks
+from flux2_kit.flux2_core.acceleration_options import BACKENDS, add_acceleration_options, read_acceleration_options
 from flux2_kit.flux2_core.attention_backends import attend, check_backend, kernel
 from flux2_kit.flux2_core.dit import DiTConfig, Flux2DiT
 from flux2_kit.flux2_core.latents import image_ids, text_ids
+from flux2_kit.flux2_core.pipeline import load_pipeline
 from flux2_kit.flux2_core.streaming import stream_dit
 from torch import Tensor
 
@@ -153,3 +156,26 @@ def test_without_a_compiler_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(acceleration.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler; install one .*apt install g\+\+"):
         accelerate(build(), Acceleration(compile=True))
+
+
+def read(*argv: str) -> Acceleration:
+    parser = argparse.ArgumentParser()
+    add_acceleration_options(parser)
+    return read_acceleration_options(parser.parse_args(argv))
+
+
+def test_options_stand_for_settings():
+    assert get_args(attention_backends.AttentionBackend) == BACKENDS
+    assert read() == Acceleration(attention="auto", compile=False)
+    assert read("--attention", "flash3", "--compile") == Acceleration(attention="flash3", compile=True)
+    assert read("--attn_mode", "sageattn") == Acceleration(attention="sage")
+    with pytest.raises(ValueError, match="--attention flash and --attn_mode sdpa contradict"):
+        read("--attention", "flash", "--attn_mode", "sdpa")
+
+
+def test_a_pipeline_sets_up_its_dit(random_tiny_files):
+    files = {"dit": random_tiny_files.dit, "autoencoder": random_tiny_files.autoencoder}
+    pipeline = load_pipeline(
+        "tiny", **files, text_encoder=random_tiny_files.text_encoder, acceleration=Acceleration(attention="flash")
+    )
+    assert {block.attention_backend for block in pipeline.dit.blocks} == {"flash"}

@@ -399,7 +399,7 @@ def test_version_and_help_and_usage(capsys):
     assert capsys.readouterr().out == f"flux2 {kit_version()}\n"
     assert main(["--help"]) == 0
     assert "flux2 generate --prompt" in capsys.readouterr().out
-    for argv in ([], ["generate"], ["generate", "--prompt", "x", "--attn_mode", "flash"], ["paint"]):
+    for argv in ([], ["generate"], ["generate", "--prompt", "x", "--attn_mode", "best"], ["paint"]):
         assert main(argv) == 2
         error = capsys.readouterr().err
         assert error.startswith("flux2: error: ") and error.count("\n") == 1
