@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import os
 import sys
 from pathlib import Path
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 RESERVE_BYTES, RESERVE_SHARE = GIB // 4, 0.06
@@ -22,7 +25,8 @@ def device_budget(device: torch.device, budget_gib: float | None = None) -> int 
     """Bytes that tensors may take on a device; None where nothing limits them.
 
     Args:
-        budget_gib: what was asked for, in GiB; None: what is free on a CUDA device, less a reserve.
+        budget_gib: what was asked for, in GiB; None, or more than a CUDA device has: what is free there, less a
+            reserve.
 
     Raises:
         ValueError: the budget is no number above 0.
@@ -30,7 +34,16 @@ def device_budget(device: torch.device, budget_gib: float | None = None) -> int 
     if budget_gib is not None:
         if not (math.isfinite(budget_gib) and budget_gib > 0):
             raise ValueError(f"the memory budget is {budget_gib}; it must be a number of GiB above 0, such as 8")
-        return round(budget_gib * GIB)
+        if device.type != "cuda":
+            return round(budget_gib * GIB)
+        total = torch.cuda.mem_get_info(device)[1]
+        if budget_gib * GIB <= total:
+            return round(budget_gib * GIB)
+        logger.warning(
+            "the memory budget of %g GiB is more than the %.1f GiB of the device: what is free is used",
+            budget_gib,
+            total / GIB,
+        )
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from .autoencoder import PIXELS_PER_LATENT
 from .memory import GIB, MemoryNeeds, MemoryPlan, MemoryRequest, in_words, plan_memory
 from .variants import get_variant
 
@@ -48,8 +49,24 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def plan_request(args: argparse.Namespace) -> MemoryRequest:
-    """What is planned for, from the options."""
+    """What is planned for, from the options.
+
+    Raises:
+        ValueError: a number that cannot be.
+    """
     height, width = args.image_size or (None, None)
+    side = min(args.image_size or (PIXELS_PER_LATENT,))
+    if side < PIXELS_PER_LATENT:
+        raise ValueError(f"--image_size has {side}; give {PIXELS_PER_LATENT} pixels or more for both sides")
+    for name, number, least in (
+        ("references", args.references, 0),
+        ("batch_size", args.batch_size, 1),
+        ("rank", args.rank, 1),
+    ):
+        if number < least:
+            raise ValueError(f"--{name} is {number}; give {least} or more")
+    if args.host_memory is not None and not 0 <= args.host_memory < float("inf"):
+        raise ValueError(f"--host_memory is {args.host_memory:g}; give a number of GiB, such as 16")
     return MemoryRequest(
         variant=get_variant(args.variant),
         precision=args.precision or "auto",

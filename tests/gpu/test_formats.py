@@ -72,7 +72,10 @@ def test_backward_needs_no_memory_for_weights_and_is_that_of_the_dense_weight(we
     assert torch.cuda.memory_allocated() - before <= output.nbytes + 2**20
     gradient = torch.randn_like(output)
     output.backward(gradient)
-    assert x.grad is not None and relative(x.grad, gradient @ linear.dense_weight(torch.bfloat16)) < 5e-3
+    in_8_bits = weight_format == "fp8" and fp8.scaled_mm(x.device) is not None
+    expected = gradient @ linear.dense_weight(torch.bfloat16)
+    # In 8 bits the gradient is rounded, and the weight not a second time.
+    assert x.grad is not None and relative(x.grad, expected) < (0.04 if in_8_bits else 5e-3)
 
 
 @pytest.mark.parametrize("weight_format", FORMAT_NAMES)

@@ -234,3 +234,20 @@ def test_the_table(capsys):
     assert main(["plan", "klein-9b", "--budgets", "1"]) == 1
     assert main(["plan", "klein-9b", "--budgets", "-1"]) == 1
     assert "numbers of GiB above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--image_size", "0", "64"], "--image_size has 0; give 16 pixels or more"),
+        (["--references", "-1"], "--references is -1; give 0 or more"),
+        (["--batch_size", "0"], "--batch_size is 0; give 1 or more"),
+        (["--training", "--rank", "0"], "--rank is 0; give 1 or more"),
+        (["--host_memory", "nan"], "--host_memory is nan; give a number of GiB"),
+        (["--host_memory", "-3"], "--host_memory is -3"),
+        (["--budgets", "8", "nan"], "--budgets has nan"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(capsys, options, said):
+    assert main(["plan", "klein-9b", *options]) == 1
+    assert said in capsys.readouterr().err

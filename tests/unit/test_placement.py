@@ -115,6 +115,10 @@ def test_networks_are_loaded_when_they_are_needed_and_take_turns(random_tiny_fil
     assert turns == ["+text_encoder", "+autoencoder", "+dit", "-autoencoder", "+autoencoder", *leaves(pipeline)]
     assert pipeline._away == (set() if pipeline.plan.dit_stays else {"dit"})
     assert pipeline._text_streamer is not None and pipeline._text_streamer._slots is None
+    # A DiT that stays does so for the next prompt too.
+    events.clear()
+    pipeline._dit_stays = True
+    assert picture(pipeline) and "-dit" not in events
 
 
 def test_without_host_memory_networks_are_freed_and_loaded_again(random_tiny_files, tiny_lora, monkeypatch, caplog):
@@ -238,7 +242,7 @@ def test_a_type_and_a_precision_that_contradict_each_other_are_refused():
         precision_of("fp8", torch.float32)
 
 
-def test_budgets(monkeypatch):
+def test_budgets(monkeypatch, caplog):
     cpu, cuda = torch.device("cpu"), torch.device("cuda:0")
     assert device_budget(cpu) is None
     assert device_budget(cpu, 1.5) == 1.5 * GIB
@@ -250,7 +254,9 @@ def test_budgets(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 1 * GIB)
     budget = device_budget(cuda)
     assert budget is not None and 9.5 * GIB < budget < 10.5 * GIB, "11 GiB less a reserve"
-    assert device_budget(cuda, 3) == 3 * GIB
+    assert device_budget(cuda, 3) == 3 * GIB and device_budget(cuda, 12) == 12 * GIB
+    assert device_budget(cuda, 12.1) == budget
+    assert "the memory budget of 12.1 GiB is more than the 12.0 GiB of the device" in caplog.text
 
 
 def test_free_host_memory_is_that_of_the_container(tmp_path, monkeypatch):
