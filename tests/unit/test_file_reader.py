@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from flux2_kit.flux2_core.block_memory import Event, Transfers
+from flux2_kit.flux2_core.cli import main
 from flux2_kit.flux2_core.file_reader import FileReader
 from flux2_kit.flux2_core.files import write_safetensors
+from flux2_kit.flux2_core.pipeline import GenerateRequest, SamplingConfig, load_pipeline
 from flux2_kit.flux2_core.tensor_source import TensorSource
 from torch import Tensor
 
@@ -124,3 +126,41 @@ def test_mapped_tensors_are_read_ahead_where_they_fit(tmp_path, monkeypatch):
     monkeypatch.setattr("flux2_kit.flux2_core.tensor_source.available_host_bytes", lambda: 700)
     TensorSource(path).get("a", mapped=True)
     assert len(advice) == 1
+
+
+def test_a_second_generation_reads_nothing(random_tiny_files, monkeypatch):
+    pipeline = load_pipeline(
+        "tiny",
+        dit=random_tiny_files.dit,
+        autoencoder=random_tiny_files.autoencoder,
+        text_encoder=random_tiny_files.text_encoder,
+    )
+    sampling = SamplingConfig(num_steps=1)
+    first = pipeline.generate(GenerateRequest(prompt="a circle", sampling=sampling))
+    monkeypatch.setattr(TensorSource, "__init__", pytest.fail)
+    monkeypatch.setattr(TensorSource, "get", pytest.fail)
+    second = pipeline.generate(GenerateRequest(prompt="a circle", sampling=sampling))
+    assert torch.equal(first.latents, second.latents)
+
+
+def test_lines_of_a_file_share_what_was_loaded(random_tiny_files, tmp_path, monkeypatch):
+    reads = []
+    get = TensorSource.get
+    monkeypatch.setattr(
+        TensorSource, "get", lambda self, name, *args, **kw: reads.append(name) or get(self, name, *args, **kw)
+    )
+    counts = []
+    for lines in ("one --d 1\n", "one --d 1\ntwo --d 2\nthree --d 3\n"):
+        (tmp_path / "prompts.txt").write_text(lines)
+        options = [
+            "--infer_steps",
+            "1",
+            "--save_path",
+            str(tmp_path / "out"),
+            "--from_file",
+            str(tmp_path / "prompts.txt"),
+        ]
+        assert main(["generate", *random_tiny_files.options, *options]) == 0
+        counts.append(len(reads))
+        reads.clear()
+    assert counts[0] == counts[1] > 100
