@@ -37,17 +37,22 @@ def artifacts() -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(artifacts, tmp_path_factory):
+def installation():
     from comfyui_install import UnavailableError, install
-    from comfyui_server import running_server
 
     try:
         if importlib.util.find_spec("websocket") is None:
             raise UnavailableError('websocket-client is not installed: pip install -e ".[test-comfyui]"')
-        installation = install()
+        return install()
     except UnavailableError as error:
         if os.environ.get(REQUIRE_VARIABLE):
             pytest.fail(f"no ComfyUI: {error}")
         pytest.skip(f"no ComfyUI: {error}")
+
+
+@pytest.fixture(scope="session")
+def server(installation, artifacts, tmp_path_factory):
+    from comfyui_server import running_server
+
     with running_server(installation, tmp_path_factory.mktemp("comfyui"), artifacts / "server.log") as running:
         yield running
