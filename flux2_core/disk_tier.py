@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from .block_memory import Arrival, Event, HostBuffer, Member, StreamedBlock, Transfers, check_frozen, lay_out
+from .file_reader import FileReader
 from .state_dict import COMFYUI_DIT_PREFIX
 from .tensor_source import TensorEntry, TensorSource
 from .text_encoder import PREFIXES as TEXT_ENCODER_PREFIXES
@@ -44,7 +44,7 @@ class DiskReader:
         self.block_names = block_names
         self.prefix = next((prefix for prefix in _prefixes(source) if _has(source, prefix, block_names)), "")
         self._stats = {file: _identity(file) for file in source.files}
-        self._files: dict[Path, BinaryIO] = {}
+        self._reader = FileReader()
         self._num_bytes = 0
         self._buffers: list[tuple[HostBuffer, Event]] = []
         """With the event after which the last copy from it is over; used in turn, the next one first."""
@@ -76,22 +76,19 @@ class DiskReader:
         self._thread.submit(int).result()
 
     def close(self) -> None:
-        """Ends the thread, closes the files and frees the buffers; no copy may be under way."""
+        """Ends the thread and frees the buffers; no copy may be under way."""
         self._thread.shutdown(cancel_futures=True)
         for buffer, _ in self._buffers:
             buffer.unpin()
-        for file in self._files.values():
-            file.close()
-        self._buffers, self._files = [], {}
+        self._buffers = []
 
     def read_samples(self, entry: TensorEntry) -> bytes:
         """Parts of a tensor; see `SAMPLES`."""
-        file = self._open(entry.file)
         parts = []
         for start, stop in _sample_ranges(entry.num_bytes):
-            part = bytearray(stop - start)
-            _read_into(file, entry.begin + start, memoryview(part), entry.file)
-            parts.append(bytes(part))
+            part = torch.empty(stop - start, dtype=torch.uint8)
+            self._fill(part, entry, start)
+            parts.append(part.numpy().tobytes())
         return b"".join(parts)
 
     def _read(self, block: DiskBlock, target: Tensor, transfers: Transfers, after: Event) -> Event:
@@ -108,20 +105,26 @@ class DiskReader:
                 if isinstance(stored, Tensor):
                     part.copy_(stored)
                 else:
-                    _read_into(self._open(stored.file), stored.begin, part.numpy().data, stored.file)
+                    self._fill(part, stored)
             self._check_unchanged()  # a change while it was read
             copied = transfers.copy(target, buffer.bytes[: block.num_bytes], after)
         finally:
             self._buffers.append((buffer, copied))
         return copied
 
-    def _open(self, path: Path) -> BinaryIO:
-        if path not in self._files:
-            try:
-                self._files[path] = path.open("rb", buffering=0)
-            except OSError as error:
-                raise ValueError(f"{path} cannot be read: {error.strerror}; load the model again") from error
-        return self._files[path]
+    def _fill(self, target: Tensor, entry: TensorEntry, start: int = 0) -> None:
+        """Reads as many bytes of a tensor as ``target`` has.
+
+        Raises:
+            ValueError: the file ends before, or cannot be read.
+        """
+        try:
+            self._reader.fill(entry.file, entry.begin + start, target)
+        except EOFError as error:
+            raise ValueError(f"{entry.file} was cut off while the model streams from it; download it again") from error
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(f"{entry.file} cannot be read: {reason}; load the model again") from error
 
     def _check_unchanged(self) -> None:
         for file, stat in self._stats.items():
@@ -206,23 +209,6 @@ def _sample_ranges(num_bytes: int) -> list[tuple[int, int]]:
         return [(0, num_bytes)]
     last = num_bytes - SAMPLE_BYTES
     return [(start, start + SAMPLE_BYTES) for start in (i * last // (SAMPLES - 1) for i in range(SAMPLES))]
-
-
-def _read_into(file: BinaryIO, position: int, target: memoryview, path: Path) -> None:
-    """Fills ``target`` from a position of the file; the system may read in smaller pieces.
-
-    Raises:
-        ValueError: the file ends before, or cannot be read.
-    """
-    try:
-        file.seek(position)
-        while len(target):
-            count: Any = file.readinto(target)  # pyright: ignore[reportAttributeAccessIssue]
-            if not count:
-                raise ValueError(f"{path} was cut off while the model streams from it; download it again")
-            target = target[count:]
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}; load the model again") from error
 
 
 def _identity(path: Path) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from flux2_kit.flux2_core import disk_tier
 from flux2_kit.flux2_core.block_memory import Transfers
 from flux2_kit.flux2_core.checkpoint import save_dit
 from flux2_kit.flux2_core.dit import DiTConfig, Flux2DiT
+from flux2_kit.flux2_core.file_reader import FileReader
 from flux2_kit.flux2_core.files import write_safetensors
 from flux2_kit.flux2_core.latents import image_ids, text_ids
 from flux2_kit.flux2_core.linear import Linear
@@ -229,18 +230,25 @@ def test_a_change_while_a_block_is_read_is_noticed(tmp_path, monkeypatch):
     dit = build()
     path = save(tmp_path, dit)
     stream_dit(dit, "cpu", num_resident=NUM_BLOCKS - 1, file=path)  # there is no next block that would notice
-    original = disk_tier._read_into
+    original = FileReader.fill
 
-    def read_into(*arguments):
+    def fill(*arguments):
         original(*arguments)
         os.utime(path, ns=(1, 1))
 
-    monkeypatch.setattr(disk_tier, "_read_into", read_into)
+    monkeypatch.setattr(FileReader, "fill", fill)
     with pytest.raises(ValueError, match="was changed or replaced"):
         sample(dit)
 
 
-def test_errors_of_reading_reach_the_caller_and_do_not_last(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(5, "Input/output error"), r"dit\.safetensors cannot be read: Input/output error"),
+        (EOFError("at byte 7"), r"dit\.safetensors was cut off while the model streams from it; download it again"),
+    ],
+)
+def test_errors_of_reading_reach_the_caller_and_do_not_last(tmp_path, monkeypatch, error, message):
     dit = build()
     expected = sample(dit)
     path = save(tmp_path, dit)
@@ -248,40 +256,18 @@ def test_errors_of_reading_reach_the_caller_and_do_not_last(tmp_path, monkeypatc
     sample(dit)
     state = {name: tensor.clone() for name, tensor in dit.state_dict().items()}
 
-    class Broken:
-        def seek(self, position):
-            raise OSError(5, "Input/output error")
+    def fail(*_):
+        raise error
 
-    monkeypatch.setattr(disk_tier.DiskReader, "_open", lambda self, path: Broken())
+    monkeypatch.setattr(FileReader, "fill", fail)
     for slot in streamer._slots:  # both of the blocks that come next fail
         streamer._fill(slot, slot.index)
-    with pytest.raises(ValueError, match=r"dit\.safetensors cannot be read: Input/output error"):
+    with pytest.raises(ValueError, match=message):
         sample(dit)
     monkeypatch.undo()
     assert all(torch.equal(tensor, state[name]) for name, tensor in dit.state_dict().items())
     for _ in range(2):
         assert torch.equal(sample(dit), expected)
-
-
-def test_a_file_that_ends_early_is_told_apart_from_a_short_read(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(bytes(range(200)))
-
-    class Slowly:
-        """Reads up to 7 bytes, as a system may read less than what it was asked for."""
-
-        def __init__(self):
-            self.file = path.open("rb", buffering=0)
-            self.seek = self.file.seek
-
-        def readinto(self, target):
-            return self.file.readinto(target[:7])
-
-    target = bytearray(100)
-    disk_tier._read_into(Slowly(), 50, memoryview(target), path)
-    assert target == bytes(range(50, 150))
-    with pytest.raises(ValueError, match="was cut off"):
-        disk_tier._read_into(Slowly(), 150, memoryview(target), path)
 
 
 def test_a_file_that_does_not_hold_the_weights_as_they_run_is_refused(tmp_path):
