@@ -92,6 +92,9 @@ def test_stop_keeps_the_state_and_the_next_queue_goes_on(server):
     changed = {"output_name": "stopped", "max_train_steps": num_steps, "sample_every_n_steps": 0, "sample_prompts": ""}
     prompt[train]["inputs"] |= changed
     pressed: list[int] = []
+    simple = read_api("text_to_image_tiny")
+    simple[find_one(simple, "Flux2KitSample")]["inputs"]["seed"] = 41
+    assert server.run(simple).status == "success" and server.loaded()
 
     def stop(result):
         steps = result.steps(train)
@@ -100,7 +103,7 @@ def test_stop_keeps_the_state_and_the_next_queue_goes_on(server):
             server.post("/interrupt", {})
 
     result = server.run(prompt, stop)
-    assert result.status == "interrupted"
+    assert result.status == "interrupted" and server.loaded() == {}, "all others have left the device for training"
     (done,) = {line for line in result.text(train) if line.startswith("stopped after step")}
     last = int(done.split()[3].rstrip(","))
     assert pressed[0] <= last < num_steps and "its state is kept: queue again to go on" in done
