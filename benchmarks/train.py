@@ -217,6 +217,10 @@ def our_step(options: argparse.Namespace) -> Callable[[], None]:
     adapters = TrainableAdapters(dit, AdapterConfig(rank=options.rank), generator=torch.Generator().manual_seed(0))
     adapters.to(dit.device)
     adapters.attach()
+    if options.compile:
+        from flux2_kit.flux2_core.compilation import compile_blocks
+
+        compile_blocks(dit)
     parameters = list(adapters.parameters())
     optimizer = make_optimizer(adapters.parameter_groups(1e-4), OptimizerConfig())
     end_step = GuardedStep(optimizer, parameters, 1.0, None, fp16=False)

@@ -235,7 +235,7 @@ class Linear(nn.Linear):
 
     def takes_rows(self, x: Tensor) -> bool:
         """Whether `forward` takes `fp8.Fp8Rows` of these activations: adapters see what was not rounded."""
-        return self.weight_format == "fp8" and not self.adapters and fp8.takes_rows(x, self.weight)
+        return self.weight_format == "fp8" and len(self.adapters) == 0 and fp8.takes_rows(x, self.weight)
 
     def quantise(self, weight_format: WeightFormat) -> None:
         """Replaces the plain weight by a quantised one.

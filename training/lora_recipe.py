@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..flux2_core.checkpoint import load_autoencoder
 from ..flux2_core.command_errors import is_out_of_memory
+from ..flux2_core.compilation import compile_blocks
 from ..flux2_core.lora import LoraSetting, apply_loras, remove_loras
 from ..flux2_core.lora_factors import Lora
 from ..flux2_core.lora_files import read_lora
@@ -164,6 +165,8 @@ class LoraRun:
         self.adapters.to(self.device)
         self.adapters.attach()
         self.parameters = list(self.adapters.parameters())
+        if config.compile:
+            compile_blocks(self.dit)
 
         # 4. Optimiser, moving average, and what a run has counted so far.
         groups = self.adapters.parameter_groups(config.optimizer.rate, config.loraplus_lr_ratio)

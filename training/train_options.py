@@ -40,6 +40,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("ema_decay", "ema_decay", "save and sample a moving average of the LoRA, such as 0.999"),
         Option("max_bad_steps", "max_bad_steps", "give up after so many steps in a row without a finite loss"),
         Option("preflight", "preflight", "try the largest batch first"),
+        Option("compile", "compile", "torch.compile of the blocks, for long runs"),
     ),
     "memory": (
         Option("precision", "base_precision", "of frozen blocks; default: auto, fp8 where plain weights do not fit"),
