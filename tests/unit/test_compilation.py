@@ -92,7 +92,7 @@ ADAPTED = AdapterConfig(rank=4, alpha=2.0, include=("_blocks", "^img_in$", "^txt
     ids=["streamed single blocks in fp8", "double blocks"],
 )
 def test_gradients_of_all_sizes_after_the_first_come_from_one_graph(
-    monkeypatch, weight_format, checkpointing, adapter, config
+    monkeypatch, weight_format, checkpointing, adapter, config, num_sizes
 ):
     monkeypatch.setitem(fp8._scaled_mm, -1, "rows" if weight_format == "fp8" else None)
     dit, adapters = build(weight_format, checkpointing, adapter, config)
