@@ -125,7 +125,8 @@ def build_parser(add_commands: AddCommands | None = None) -> argparse.ArgumentPa
         "generate",
         parents=[common],
         help="make pictures from prompts and references",
-        description="Makes pictures from a prompt, from a file of prompts, or from saved latents.",
+        description="Makes pictures from a prompt, from a file of prompts, or from saved latents.\n"
+        "On several GPUs, `accelerate launch -m flux2_kit.training generate --from_file FILE` shares the file's lines.",
         lazy_epilog=_variant_defaults,
     )
     _add_request_options(generate)
