@@ -5,15 +5,15 @@ counts follow the code of `dit` line by line: a tensor lives until its last name
 until it returns. Tests compare them with what is allocated on the CPU.
 
 A single block (u: all tokens). Its input (1 u) is held by the caller. ``linear1`` runs beside its own input (1 u) and
-gives 9 u, of which q, k, v and the MLP are views, so they stay to the end. Normed q and k add 2 u. A rotation takes 6 u
-in 16 bits, being done in fp32, and 2 u in fp32, at its peak beside one rotated tensor: 19 u and 15 u in all. After the
-attention (1 u) the MLP's activation (3 u) is joined to it (4 u): 1 + 9 + 2 + 1 + 3 + 4 = 20 u, the peak; with what the
-double blocks gave, which the network holds on to, **21 u**.
+gives 9 u, of which q, k, v and the MLP are views, so they stay to the end. Normed q and k add 2 u. Their rotation
+takes 8 u in 16 bits, being done in fp32, and 2 u in fp32: 20 u and 14 u in all. After the attention (1 u) the MLP's
+activation (3 u) is joined to it (4 u): 1 + 9 + 2 + 1 + 3 + 4 = 20 u, the peak; with what the double blocks gave, which
+the network holds on to, **21 u**.
 
-A double block (n, l: image and text tokens; u = n + l). Inputs u, both qkv 3 u, normed q and k 2 u, joined and rotated
-q, k, v 3 u, attention 1 u: all of these 10 u have names until the block ends. The image's MLP runs beside the image as
-it is after the attention (n) and its own input (n): its first Linear gives 6 n, SiLU 3 n, the product 3 n. Together
-**10 u + 14 n**.
+A double block (n, l: image and text tokens; u = n + l). Inputs u, both qkv joined 3 u, rotated q and k 2 u, attention
+1 u: all of these 7 u have names until the block ends. While q and k are rotated, both qkv are there apart as well:
+9 u and the rotation. The image's MLP runs beside the image as it is after the attention (n): its first Linear gives
+6 n, SiLU 3 n, the product 3 n. Together **7 u + 13 n**. The kernels of `fused` take less than that.
 
 Linears with plain LoRAs add these in place. With another adapter they hold three tensors of their output's size at
 once: 2 + 27 = 29 u for ``linear1``.
@@ -44,7 +44,7 @@ from .variants import TextEncoderConfig
 Shape = tuple[int, ...]
 TrainingMode = Literal["none", "blocks", "offload"]
 
-DOUBLE_HELD = 10
+DOUBLE_HELD = 7
 SINGLE_SAVED, DOUBLE_SAVED = 21, 24
 SINGLE_BACKWARD, DOUBLE_BACKWARD = 11, 6
 UNFUSED_NORM_SAVED = 4
@@ -220,22 +220,22 @@ def forward_bytes(config: DiTConfig, tokens: TokenCounts, how: Computation) -> i
     u = image + text
     ratio, dense = config.mlp_ratio, config.hidden_size**2 * how.item_bytes
 
-    rope = 6 if how.item_bytes < 4 else 2
+    rope = 8 if how.item_bytes < 4 else 2
     wide = 3 + 2 * ratio
     held = u if config.num_double_blocks else 0
     single = [
         _linear_peak(how, held + 2 * u, u, wide * u, dense, wide),
-        held + (1 + wide + 2 + 1) * u + rope * u,
+        held + (1 + wide + 2) * u + rope * u,
         held + (1 + wide + 2 + 1 + ratio + 1 + ratio) * u,
         _linear_peak(how, held + (1 + wide + 2 + 1 + 1 + ratio) * u, (1 + ratio) * u, u, dense, 1 + ratio),
     ]
-    double = [8 * u + rope * u]
+    double = [9 * u + rope * u]
     for mine, before in ((image, 0), (text, image)):
         base = DOUBLE_HELD * u + before
         double += [
-            base + (2 + 4 * ratio) * mine,
+            base + (1 + 4 * ratio) * mine,
             _linear_peak(how, base + 2 * mine, mine, 2 * ratio * mine, dense, 2 * ratio),
-            _linear_peak(how, base + (2 + ratio) * mine, ratio * mine, mine, dense, ratio),
+            _linear_peak(how, base + (1 + ratio) * mine, ratio * mine, mine, dense, ratio),
         ]
     blocks = [*(double if config.num_double_blocks else []), *(single if config.num_single_blocks else [])]
     return round(max(blocks)) + _input_bytes(config, tokens, how.item_bytes)
@@ -266,7 +266,7 @@ def saved_bytes(config: DiTConfig, tokens: TokenCounts, how: Computation, rank: 
 
     # In a double block every Linear sees the tokens of one stream alone.
     return (
-        DOUBLE_SAVED * u + norms * u // 4 + adapters(double, 2),
+        (DOUBLE_SAVED + norms) * u + adapters(double, 2),
         (SINGLE_SAVED + norms) * u + adapters(single, 1),
     )
 
