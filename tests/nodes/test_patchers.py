@@ -7,6 +7,7 @@ hands to every patcher, of which ours need to know nothing.
 from __future__ import annotations
 
 import sys
+import weakref
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -174,8 +175,9 @@ def test_a_patcher_is_its_own_clone_and_keeps_nothing_alive(management, nodes, n
     assert patcher.loaded_size() == patcher.model_size() > 0
     assert patcher.patch_model(CPU, lowvram_model_memory=0) is patcher.model
     management.loaded.clear()
+    alive = weakref.ref(networks.dit.dit)
     del patcher, networks.dit
-    assert not any(type(network).__name__ == "Flux2DiT" for network in patchers._patchers)
+    assert alive() is None
 
 
 def test_all_leave_when_the_device_is_needed(management, networks, host):
