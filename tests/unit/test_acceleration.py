@@ -10,10 +10,11 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from flux2_kit.flux2_core import acceleration, attention_backends
-from flux2_kit.flux2_core.acceleration import Acceleration, accelerate, compile_blocks
+from flux2_kit.flux2_core import attention_backends
+from flux2_kit.flux2_core.acceleration import Acceleration, accelerate
 from flux2_kit.flux2_core.acceleration_options import BACKENDS, add_acceleration_options, read_acceleration_options
 from flux2_kit.flux2_core.attention_backends import attend, check_backend, kernel
+from flux2_kit.flux2_core.compilation import compile_blocks
 from flux2_kit.flux2_core.dit import DiTConfig, Flux2DiT
 from flux2_kit.flux2_core.latents import image_ids, text_ids
 from flux2_kit.flux2_core.pipeline import load_pipeline
@@ -146,16 +147,9 @@ def test_compiled_blocks_are_one_program_for_all_sizes_streamed_or_not():
         if streamed:
             stream_dit(dit, "cpu", num_resident=2)
         compile_blocks(dit, backend=backend)
-        compile_blocks(dit, backend=backend)
         for size, output in zip(sizes, expected, strict=True):
             torch.testing.assert_close(run(dit, *size), output)
-        assert len(programs) == 2, "one for double and one for single blocks"
-
-
-def test_without_a_compiler_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(acceleration.shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler; install one .*apt install g\+\+"):
-        accelerate(build(), Acceleration(compile=True))
+        assert len(programs) == 3, "a trial, one for double and one for single blocks"
 
 
 def read(*argv: str) -> Acceleration:
