@@ -45,6 +45,9 @@ LARGEST_ERROR = 2e-2
 _fastest: dict[tuple[Any, ...], AttentionBackend] = {}
 """What was measured, by device, type, width of a head, batch times heads, and powers of two of both lengths."""
 
+_out_of_graphs: dict[AttentionBackend, Kernel] = {}
+"""Packages that torch.compile is to call and not to trace. Made when one is first used: it loads the whole compiler."""
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend = "auto") -> Tensor:
     """Softmax attention of ``[B, H, N, head_dim]``, of the same shape."""
@@ -80,8 +83,13 @@ def kernel(backend: AttentionBackend) -> Kernel:
     """The function of a backend; where its package is missing, it raises a ValueError when it runs."""
     if backend == "sdpa":
         return F.scaled_dot_product_attention
-    packaged: dict[str, Any] = {"flash3": _flash3, "sage": _sage}
-    return packaged[backend] if backend in packaged else _of_torch(backend)
+    if backend not in PACKAGES:
+        return _of_torch(backend)
+    if backend not in _out_of_graphs:
+        packaged: dict[str, Kernel] = {"flash3": _flash3, "sage": _sage}
+        disable: Any = torch.compiler.disable
+        _out_of_graphs[backend] = disable(packaged[backend])
+    return _out_of_graphs[backend]
 
 
 def _of_torch(backend: AttentionBackend) -> Kernel:
@@ -92,14 +100,12 @@ def _of_torch(backend: AttentionBackend) -> Kernel:
     return run
 
 
-@torch.compiler.disable
 def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     result = _package("flash3").flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     # Until 2025 it gave the sums of the softmax as well.
     return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
 
 
-@torch.compiler.disable
 def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
         raise ValueError("attention sage has no backward pass; use auto for training")
