@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,8 +72,17 @@ class LoadedDiT:
     """Where its blocks are."""
 
     def run(self, work: Callable[[], Loaded]) -> Loaded:
-        """Does some work with the DiT; where memory runs out, fewer of its blocks stay on the device."""
-        return work() if self.placed is None else self.placed.run(work)
+        """Does some work with the DiT; where memory runs out, others leave the device, then some of its blocks."""
+        from ..flux2_core.placement import retry
+
+        if self.placed is None or self.placed.device.type == "cpu":
+            return work()
+        return retry(work, self._lower(self.placed), self.placed.device)
+
+    def _lower(self, placed: PlacedDiT) -> Iterator[bool]:
+        if patchers.make_others_leave(self.dit):
+            yield True
+        yield from iter(placed.lower, False)
 
 
 class LoadDiT:

@@ -73,6 +73,17 @@ def use_text_encoder(encoder: TextEncoder) -> None:
         use(encoder, text_bytes(encoder))
 
 
+def make_others_leave(network: Network) -> bool:
+    """Lets ComfyUI unload all models but this one; False where it has none, or does not know this one."""
+    management, patcher = _management(), _patchers.get(network)
+    if management is None or patcher is None:
+        return False
+    kept = [loaded for loaded in management.current_loaded_models if loaded.model is patcher]
+    is_alone = len(kept) == len(management.current_loaded_models)
+    management.free_memory(host.EVERYTHING, patcher.load_device, keep_loaded=kept)
+    return not is_alone
+
+
 def patcher_of(network: Network) -> Any:
     """What stands for a network among ComfyUI's models; None where nothing does."""
     return _patchers.get(network)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -74,8 +75,19 @@ class Management:
             assert model.current_loaded_device() == model.load_device and model.loaded_size() == model.model_size()
             self.loaded.append(model)
 
-    def free_memory(self, memory_required: float, device: torch.device, for_dynamic: bool = False, **_: int) -> None:
+    @property
+    def current_loaded_models(self) -> list[Any]:
+        return [SimpleNamespace(model=model) for model in self.loaded]
+
+    def free_memory(
+        self, memory_required: float, device: torch.device, keep_loaded: Any = (), for_dynamic: bool = False, **_: int
+    ) -> None:
         self.calls.append(("free", int(min(memory_required, 2**60))))
+        if memory_required >= 2**60:
+            kept = [loaded.model for loaded in keep_loaded]
+            for model in self.loaded:
+                model.detach(unpatch_all=model not in kept)
+            self.loaded = kept
 
     def unload_all_models(self) -> None:
         self.calls.append(("unload", 0))
@@ -178,6 +190,24 @@ def test_a_patcher_is_its_own_clone_and_keeps_nothing_alive(management, nodes, n
     alive = weakref.ref(networks.dit.dit)
     del patcher, networks.dit
     assert alive() is None
+
+
+def test_out_of_memory_others_leave_before_blocks_do(management, nodes, networks, monkeypatch):
+    before, placed = sample(nodes, networks, num_images=2), networks.dit.placed
+    monkeypatch.setattr(placed, "device", torch.device("cuda"))  # where running out of memory is answered
+    seen: list[tuple[int, int]] = []
+
+    def work() -> torch.Tensor:
+        seen.append((len(management.loaded), placed.residence.num_resident))
+        if len(seen) < 3:
+            raise torch.OutOfMemoryError("no")
+        return sample(
+            nodes, SimpleNamespace(dit=replace(networks.dit, placed=None), text_encoder=text_encoder), num_images=2
+        )
+
+    text_encoder = networks.text_encoder
+    assert torch.equal(networks.dit.run(work), before)
+    assert seen == [(3, 6), (1, 6), (1, 3)]
 
 
 def test_all_leave_when_the_device_is_needed(management, networks, host):
