@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from ..flux2_core.reference_store import reference_store
 from ..flux2_core.text_encoder import TextEncoder
 from ..flux2_core.variants import TextEncoderConfig
 from . import host, patchers
+from .strips import ENCODE_TOOLTIP, in_strips_where_needed
 
 Conditioning = list[list[Any]]
 """Native CONDITIONING: ``[[embeddings [B, L, C], options], ...]``."""
@@ -65,7 +66,8 @@ class References:
             return found  # the autoencoder need not even be on the device
         sizes = [picture.size for picture in fitted]
         patchers.use(autoencoder, patchers.picture_bytes(autoencoder, sizes, decodes=False, tiled=self.tiled))
-        return encode_references(autoencoder, self.pictures, resize=self.resize, tiled=self.tiled, known=known)
+        encode = partial(encode_references, autoencoder, self.pictures, resize=self.resize, known=known)
+        return in_strips_where_needed(encode, tiled=self.tiled)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -150,7 +152,7 @@ class EncodeReference:
                     "BOOLEAN",
                     {
                         "default": SamplingConfig.tile_autoencoder,
-                        "tooltip": "Encode in strips: the same latents in less memory.",
+                        "tooltip": ENCODE_TOOLTIP,
                     },
                 ),
             },

@@ -19,6 +19,7 @@ from ..flux2_core.variants import VARIANTS
 from . import host
 from .native_encoders import BridgedVAE
 from .sampling import MAX_IMAGES, MAX_SIDE
+from .strips import ENCODE_TOOLTIP
 
 CUSTOM = "custom"
 """Combo entry that takes width and height as they are."""
@@ -151,7 +152,7 @@ class EncodeImage:
                     "BOOLEAN",
                     {
                         "default": SamplingConfig.tile_autoencoder,
-                        "tooltip": "Encode in strips: the same latents in less memory.",
+                        "tooltip": ENCODE_TOOLTIP,
                     },
                 ),
             },

@@ -6,8 +6,7 @@ change in them is refused with what to do instead.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -16,16 +15,11 @@ from torch import Tensor, nn
 
 from ..flux2_core.autoencoder import PIXELS_PER_LATENT, Flux2Autoencoder
 from ..flux2_core.autoencoder_memory import decoding_bytes, encoding_bytes, host_strip_bytes
-from ..flux2_core.command_errors import is_out_of_memory
 from ..flux2_core.latents import NUM_LATENT_CHANNELS
 from ..flux2_core.pipeline import check_latents, encode_prompt
 from ..flux2_core.text_encoder import TextEncoder
 from . import host, patchers
-
-logger = logging.getLogger(__name__)
-
-HOST = torch.device("cpu")
-"""Where whole tensors go when strips alone do not help."""
+from .strips import HOST, first_that_fits
 
 
 class BridgedVAE:
@@ -124,12 +118,16 @@ class BridgedVAE:
                 f"FLUX.2 encodes pictures [batch, height, width, 3]; it got a tensor of shape {tuple(pixels.shape)}"
             )
         images = self.vae_encode_crop_pixels(pixels[..., :3]).movedim(-1, 1) * 2 - 1
-        return torch.cat([_try(ways, row).to(self.output_device) for row in images.split(1)])
+        return torch.cat(
+            [first_that_fits([partial(way, row) for way in ways]).to(self.output_device) for row in images.split(1)]
+        )
 
     @torch.inference_mode()
     def _decode(self, latents: Tensor, *ways: Callable[[Tensor], Tensor]) -> Tensor:
         check_latents(latents, self.first_stage_model.config.packed_channels, "the input of VAE Decode")
-        pictures = torch.cat([_try(ways, row).to(self.output_device) for row in latents.split(1)])
+        pictures = torch.cat(
+            [first_that_fits([partial(way, row) for way in ways]).to(self.output_device) for row in latents.split(1)]
+        )
         return ((pictures + 1) / 2).clamp(0, 1).movedim(1, -1)
 
     def _use(self, num_bytes: Callable[..., int], width: int, height: int) -> None:
@@ -217,17 +215,6 @@ class BridgedCLIP:
         raise ValueError(f"the text encoder of FLUX.2 has no tokenizer option {option_name!r}; remove that node")
 
 
-def _try(ways: tuple[Callable[[Tensor], Tensor], ...], x: Tensor) -> Tensor:
-    """The first way for which memory is enough."""
-    first, *others = ways
-    if not others:
-        return first(x)
-    try:
-        return first(x)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-    # Behind the handler: the exception holds the tensors that have to go first.
-    host.release_memory()
-    logger.warning("not enough memory for the picture in one go: it is encoded or decoded in strips, which is slower")
-    return _try(tuple(others), x)
+def _run_rows(ways: Sequence[Callable[[Tensor], Tensor]], batch: Tensor, device: torch.device) -> Tensor:
+    """Each row of a batch in the first way for which memory is enough."""
+    return torch.cat([first_that_fits([partial(way, row) for way in ways]).to(device) for row in batch.split(1)])

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,7 @@ from .conditioning import Conditioning, NativePrompt, References, read_condition
 from .loaders import LoadedDiT
 from .lora import live_loras
 from .native_latents import Latent, read_latent
+from .strips import DECODE_TOOLTIP, in_strips_where_needed
 
 MAX_SIDE = 16384
 """Largest side that the widgets offer, in pixels: ComfyUI's own limit."""
@@ -231,7 +233,7 @@ class Decode:
                     "BOOLEAN",
                     {
                         "default": SamplingConfig.tile_autoencoder,
-                        "tooltip": "Decode in strips: the same picture in less memory.",
+                        "tooltip": DECODE_TOOLTIP,
                     },
                 ),
             }
@@ -242,7 +244,7 @@ class Decode:
         latents = latent["samples"]
         sizes = [patchers.latent_size(latents)]
         patchers.use(ae, patchers.picture_bytes(ae, sizes, decodes=True, tiled=tiling))
-        pictures = decode_latents(ae, latents, tiled=tiling)
+        pictures = in_strips_where_needed(partial(decode_latents, ae, latents), tiled=tiling)
         return (torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).float() / 255,)
 
 

@@ -409,3 +409,41 @@ def test_the_server_refuses_what_no_widget_offers(executor):
     }
     errors = dict(executor.validate(api))
     assert "is not in ComfyUI's vae folder" in errors["1"] and "received FLUX2_AE, wants LATENT" in errors["2"]
+
+
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_pictures_run_in_strips_where_memory_runs_out(nodes, models, monkeypatch, num_failures, caplog):
+    """On the device first, then with whole tensors in host memory."""
+    autoencoder = type(models.ae)
+    calls: list[dict] = []
+
+    def runs_out(method):
+        original = getattr(autoencoder, method)
+
+        def run(self, x, **settings):
+            calls.append({"tiled": method.endswith("tiled"), **settings})
+            if len(calls) <= num_failures:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return original(self, x, **settings)
+
+        return run
+
+    latents = {"samples": torch.randn(1, 128, 4, 5, generator=torch.manual_seed(3))}
+    (expected,) = nodes["Flux2KitDecode"].decode(models.ae, latents, tiling=False)
+    for method in ("encode", "encode_tiled", "decode", "decode_tiled"):
+        monkeypatch.setattr(autoencoder, method, runs_out(method))
+    ways = [{"tiled": False}, {"tiled": True, "store": None}, {"tiled": True, "store": torch.device("cpu")}]
+    (picture,) = nodes["Flux2KitDecode"].decode(models.ae, latents, tiling=False)
+    assert calls == ways[: num_failures + 1]
+    assert torch.equal(picture, expected)
+    assert "in strips" in caplog.text
+
+    calls.clear()
+    (references,) = nodes["Flux2KitEncodeReference"].encode(models.ae, grey(64, 64), resize=True, tiling=False)
+    assert references.latents[0].shape == (1, 128, 4, 4)
+    assert calls == ways[: num_failures + 1]
+
+
+def test_other_errors_are_not_tried_again(nodes, models):
+    with pytest.raises(ValueError, match="128"):
+        nodes["Flux2KitDecode"].decode(models.ae, {"samples": torch.zeros(1, 16, 4, 4)}, tiling=False)
