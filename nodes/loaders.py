@@ -50,7 +50,10 @@ TEXT_ENCODER_PRECISION_TOOLTIP = (
     "How the weights of the layers are kept. default: as in the file; what does not fit into the memory of the GPU is "
     "streamed from host memory, which takes little time, since a prompt is encoded once."
 )
-BUDGET_TOOLTIP = "Memory of the GPU that this network and its work may take, in GiB. 0: what is free when it is loaded."
+BUDGET_TOOLTIP = (
+    "Memory of the GPU that this network and its work may take, in GiB: the most that ComfyUI gives it. 0: no limit "
+    "but what other models leave."
+)
 MAX_BUDGET = 1024.0
 
 Loaded = TypeVar("Loaded")
