@@ -52,6 +52,11 @@ def device_budget(device: torch.device, budget_gib: float | None = None) -> int 
     return max(0, round(free * (1 - RESERVE_SHARE)) - RESERVE_BYTES)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device is a GPU that computes in bf16 as fast as in fp16."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def available_host_bytes() -> int | None:
     """Host memory that can be taken without swapping, less a reserve; None where the system does not tell."""
     found = [size for size in (_system_bytes(), _control_group_bytes()) if size is not None]

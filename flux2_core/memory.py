@@ -23,6 +23,7 @@ from itertools import product
 
 from .memory_estimates import TrainingMode
 from .memory_request import (
+    AutoencoderPrecision,
     FileFacts,
     MemoryNeeds,
     MemoryPlan,
@@ -38,6 +39,7 @@ from .reference_memory import Place
 GIB = 2**30
 __all__ = [
     "GIB",
+    "AutoencoderPrecision",
     "FileFacts",
     "MemoryNeeds",
     "MemoryPlan",

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LONG_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+"""musubi-tuner's names."""
 PRECISIONS = ("auto", "bf16", "fp8", "nf4", "fp32")
 
 
@@ -21,6 +23,12 @@ def add_memory_options(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--text_encoder_precision", choices=PRECISIONS, help="of its layers; default: auto, as in the file"
+    )
+    group.add_argument(
+        "--vae_dtype",
+        choices=("auto", "bf16", "fp16", "fp32", *LONG_DTYPES),
+        default="auto",
+        help="of the autoencoder; default: auto, as in the file, but bf16 for an fp32 file on a GPU that has it",
     )
     group.add_argument(
         "--vram_budget", type=float, metavar="GB", help="memory of the device to use, in GiB; default: what is free"
@@ -48,6 +56,7 @@ def read_memory_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "precision": precision,
         "text_encoder_precision": text_encoder,
+        "autoencoder_dtype": LONG_DTYPES.get(args.vae_dtype, args.vae_dtype),
         "vram_budget_gib": args.vram_budget,
     }
 

@@ -12,6 +12,7 @@ from .reference_memory import Place
 from .variants import Variant
 
 PlainPrecision = Literal["bf16", "fp16", "fp32"]
+AutoencoderPrecision = Literal["auto", "bf16", "fp16", "fp32"]
 WeightPrecision = Literal["bf16", "fp16", "fp32", "fp8", "nf4"]
 PlanPrecision = Literal["auto", "bf16", "fp16", "fp32", "fp8", "nf4"]
 

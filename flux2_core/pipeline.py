@@ -35,7 +35,7 @@ from .variants import Variant, get_variant
 if TYPE_CHECKING:
     from .acceleration import Acceleration
     from .lora import LoraSetting
-    from .memory import MemoryNeeds, PlanPrecision
+    from .memory import AutoencoderPrecision, MemoryNeeds, PlanPrecision
 
 logger = logging.getLogger(__name__)
 
@@ -513,6 +513,7 @@ def load_pipeline(
     device: torch.device | str = "cpu",
     precision: PlanPrecision = "auto",
     text_encoder_precision: PlanPrecision = "auto",
+    autoencoder_dtype: AutoencoderPrecision = "auto",
     vram_budget_gib: float | None = None,
     needs: MemoryNeeds | None = None,
     loras: Sequence[LoraSetting] = (),
@@ -532,6 +533,7 @@ def load_pipeline(
         device: where the networks run.
         precision: how the weights of the DiT's blocks are kept; "auto" decides by the budget, see `memory`.
         text_encoder_precision: likewise for the layers of the text encoder.
+        autoencoder_dtype: of the autoencoder; "auto" takes the file's, and bf16 for an fp32 file on a GPU that has it.
         vram_budget_gib: GiB that tensors may take on the device. None: what is free on a CUDA device, less a reserve;
             elsewhere there is no limit.
         needs: what the pictures will be like; None: one of the variant's default size.
@@ -567,6 +569,7 @@ def load_pipeline(
         device=torch.device(device),
         precision=precision,
         text_encoder_precision=text_encoder_precision,
+        autoencoder_dtype=autoencoder_dtype,
         vram_budget_gib=vram_budget_gib,
         needs=needs,
         loras=loras,

@@ -18,11 +18,12 @@ from .autoencoder import Flux2Autoencoder
 from .autoencoder_memory import Tiling
 from .checkpoint import DiTReader, is_quantised_layer, load_autoencoder, load_dit
 from .command_errors import is_out_of_memory
-from .device_memory import GIB, available_host_bytes, device_budget
+from .device_memory import GIB, available_host_bytes, device_budget, has_bf16
 from .dit import Flux2DiT
 from .fp8 import E4M3
 from .lora import LoraSetting, apply_loras
 from .memory import (
+    AutoencoderPrecision,
     FileFacts,
     MemoryNeeds,
     MemoryPlan,
@@ -163,11 +164,23 @@ def text_encoder_variant(path: Path) -> Variant | None:
     return next((variant for variant in VARIANTS.values() if variant.text_encoder.hidden_size == width), None)
 
 
-def autoencoder_precision(path: Path) -> PlainPrecision:
-    """The type of an autoencoder's weights, by its header."""
+def autoencoder_precision(path: Path, device: torch.device, asked: AutoencoderPrecision = "auto") -> PlainPrecision:
+    """How an autoencoder's weights are kept and computed with.
+
+    Files are often fp32. On a GPU with bf16 "auto" takes that, as diffusers' pipelines and ComfyUI do: half the memory,
+    and three quarters of the time of a picture of 1024x1024 (measured on an H200). Elsewhere it is the file's own.
+    """
+    if asked != "auto":
+        return asked
     source = TensorSource(path, component="autoencoder")
     name = next((name for name in source.names if name.endswith("decoder.conv_in.weight")), None)
-    return NAMES.get(source.dtype(name), "bf16") if name is not None else "bf16"
+    stored = NAMES.get(source.dtype(name), "bf16") if name is not None else "bf16"
+    return "bf16" if stored == "fp32" and has_bf16(device) else stored
+
+
+def place_autoencoder(path: Path, device: torch.device, asked: AutoencoderPrecision = "auto") -> Flux2Autoencoder:
+    """Loads an autoencoder in its `autoencoder_precision`."""
+    return load_autoencoder(path, dtype=DTYPES[autoencoder_precision(path, device, asked)], device=device)
 
 
 def place_dit(
@@ -242,6 +255,7 @@ def place_pipeline(
     device: torch.device,
     precision: PlanPrecision = "auto",
     text_encoder_precision: PlanPrecision = "auto",
+    autoencoder_dtype: AutoencoderPrecision = "auto",
     vram_budget_gib: float | None = None,
     needs: MemoryNeeds | None = None,
     loras: Sequence[LoraSetting] = (),
@@ -254,7 +268,7 @@ def place_pipeline(
         text_encoder_precision=precision_of(text_encoder_precision, dtype),
         dit_file=dit_facts(files.dit, files.variant),
         text_encoder_file=text_encoder_facts(files.text_encoder),
-        autoencoder_precision=autoencoder_precision(files.autoencoder),
+        autoencoder_precision=autoencoder_precision(files.autoencoder, device, autoencoder_dtype),
         needs=needs or MemoryNeeds(),
         lora_bytes=lora_bytes(loras),
         device_type=device.type,
@@ -454,7 +468,7 @@ class PlacedPipeline(Flux2Pipeline):
         return encoder
 
     def _load_ae(self) -> Flux2Autoencoder:
-        return load_autoencoder(self.files.autoencoder, device=self.device)
+        return place_autoencoder(self.files.autoencoder, self.device, self.request.autoencoder_precision)
 
     def _use(self, name: Component) -> None:
         """Brings a network onto the device, after the others have left where they have to."""

@@ -264,9 +264,9 @@ def _load_dit(
 
 
 def _load_autoencoder(path: Path, device: torch.device) -> Flux2Autoencoder:
-    from ..flux2_core.checkpoint import load_autoencoder
+    from ..flux2_core.placement import place_autoencoder
 
-    autoencoder = load_autoencoder(path, device=device)
+    autoencoder = place_autoencoder(path, device)
     patchers.register(autoencoder, Residence(autoencoder, device), 0)
     return autoencoder
 

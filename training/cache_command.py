@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..flux2_core.command_options import DTYPES, choose_device
 from ..flux2_core.detect import describe_other, detect
+from ..flux2_core.memory_options import LONG_DTYPES
 from ..flux2_core.tensor_source import TensorSource
 from ..flux2_core.variants import VARIANTS, Variant, get_variant
 from ..flux2_core.weights import WeightsComponent, find_weights
@@ -23,7 +24,6 @@ from .processes import Processes, join_processes
 
 logger = logging.getLogger(__name__)
 
-LONG_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 UNITS = {"pictures read": "file", "pictures encoded": "img", "captions encoded": "caption"}
 
 

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..flux2_core.checkpoint import load_autoencoder
 from ..flux2_core.command_errors import is_out_of_memory
 from ..flux2_core.compilation import compile_blocks
 from ..flux2_core.lora import LoraSetting, apply_loras, remove_loras
@@ -32,7 +31,7 @@ from ..flux2_core.lora_factors import Lora
 from ..flux2_core.lora_files import read_lora
 from ..flux2_core.lora_writer import write_lora
 from ..flux2_core.picture_metadata import write_png
-from ..flux2_core.placement import release
+from ..flux2_core.placement import place_autoencoder, release
 from ..flux2_core.sampling import Stopped
 from .adapters import TrainableAdapters, config_from_lora
 from .base_model import DTYPES, BaseModel
@@ -149,7 +148,7 @@ class LoraRun:
         if config.monitor.sample_prompts is not None:
             assert files.autoencoder is not None and files.text_encoder is not None, "found for sample pictures"
             lines = read_sample_prompts(config.monitor.sample_prompts)
-            self.autoencoder = load_autoencoder(files.autoencoder, device=self.device)
+            self.autoencoder = place_autoencoder(files.autoencoder, self.device)
             self.samples = prepare_samples(
                 lines, self.variant, config.seed, self.base.load_text_encoder, self.autoencoder
             )

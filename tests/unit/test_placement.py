@@ -12,7 +12,8 @@ import pytest
 import torch
 from flux2_kit.flux2_core import device_memory, placement
 from flux2_kit.flux2_core import pipeline as pipeline_module
-from flux2_kit.flux2_core.checkpoint import load_dit
+from flux2_kit.flux2_core.autoencoder import Flux2Autoencoder
+from flux2_kit.flux2_core.checkpoint import load_dit, save_autoencoder
 from flux2_kit.flux2_core.cli import main
 from flux2_kit.flux2_core.device_memory import GIB, available_host_bytes, device_budget
 from flux2_kit.flux2_core.lora import LoraSetting
@@ -22,7 +23,7 @@ from flux2_kit.flux2_core.memory import FileFacts, MemoryNeeds
 from flux2_kit.flux2_core.pipeline import Flux2Pipeline, GenerateRequest, SamplingConfig, load_pipeline
 from flux2_kit.flux2_core.placement import PlacedPipeline, dit_facts, precision_of, text_encoder_facts
 from flux2_kit.flux2_core.quantized_files import quantise_checkpoint
-from flux2_kit.flux2_core.variants import get_variant
+from flux2_kit.flux2_core.variants import VARIANTS, get_variant
 from flux2_kit.training.adapters import AdapterConfig, TrainableAdapters
 from PIL import Image
 
@@ -288,3 +289,23 @@ def test_options_of_the_command_line(random_tiny_files, tmp_path, capsys):
     assert "7 blocks cannot be streamed: tiny has 6" in generate("--blocks_to_swap", "7", code=1)
     assert "the least that works" in generate("--vram_budget", "0.0001", code=1)
     assert "number of GiB above 0" in generate("--vram_budget", "0", code=1)
+
+
+@pytest.mark.parametrize(
+    ("stored", "is_gpu", "asked", "expected"),
+    [
+        (torch.float32, False, "auto", "fp32"),
+        (torch.float32, True, "auto", "bf16"),
+        (torch.float32, True, "fp32", "fp32"),
+        (torch.float16, True, "auto", "fp16"),
+        (torch.float32, False, "bf16", "bf16"),
+    ],
+)
+def test_type_of_the_autoencoder(tmp_path, monkeypatch, stored, is_gpu, asked, expected):
+    monkeypatch.setattr(placement, "has_bf16", lambda device: is_gpu)
+    autoencoder = Flux2Autoencoder(VARIANTS["tiny"].autoencoder).to(stored)
+    save_autoencoder(tmp_path / "ae.safetensors", autoencoder)
+    device = torch.device("cpu")
+    assert placement.autoencoder_precision(tmp_path / "ae.safetensors", device, asked) == expected
+    loaded = placement.place_autoencoder(tmp_path / "ae.safetensors", device, asked)
+    assert loaded.decoder.conv_in.weight.dtype == placement.DTYPES[expected]
