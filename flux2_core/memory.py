@@ -6,7 +6,7 @@ weights that are all streamed; bf16 weights take twice as long to copy, nf4 has 
 
 1. the file's own precision, all on the device: nothing is lost;
 2. fp8, as many blocks on the device as fit, the others streamed from host memory beside the computation;
-3. where host memory is short too, the file's own weights, streamed from the file;
+3. the file's own weights, streamed: from host memory, and from the file where that is short too;
 4. nf4, which is less exact, where nothing else fits.
 
 A precision that is asked for is not changed: only how much of it stays on the device. The text encoder runs once a
@@ -145,6 +145,8 @@ def _candidates(request: MemoryRequest) -> Iterator[tuple[WeightPrecision, bool,
     if file.plain == "fp32":
         yield "bf16", True, False
     yield "fp8", False, False
+    # Activations of plain weights are smaller than those of fp8: they may fit where fp8 does not.
+    yield file.precision, False, False
     if file.can_stream:
         yield file.precision, False, True
     yield "nf4", False, False
