@@ -231,6 +231,13 @@ class LoraRun:
         factor = learning_rate_factor(step, self.num_steps, self.config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
+        if self.dit.checkpointing == "none":  # streamed blocks need it, so nothing could leave the device
+            return self.take_step(self._add_up(self._gradients(step, num_samples, batches)))
+        return self.take_step(self._add_up(self.placed.run(lambda: self._gradients(step, num_samples, batches))))
+
+    def _gradients(self, step: int, num_samples: int, batches: Sequence[TrainBatch]) -> Tensor:
+        """Gradients of this process's part of a step, from nothing, in case it is done anew; gives the loss ``[]``."""
+        self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         with self._random_state(step), self.adapters.cast_once(self.dit.dtype):
             for batch in batches:
@@ -238,7 +245,7 @@ class LoraRun:
                     loss = self._losses(batch).sum() / num_samples
                     self.take_step.backward(loss)
                 total += loss.detach()
-        return self.take_step(self._add_up(total))
+        return total
 
     def _losses(self, batch: TrainBatch) -> Tensor:
         """Weighted losses ``[B]`` of samples of one shape."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from flux2_kit.flux2_core import fp8
 from flux2_kit.flux2_core.lora_files import read_lora
+from flux2_kit.flux2_core.placement import PlacedDiT, retry
 from flux2_kit.training import lora_recipe
 from flux2_kit.training.adapters import AdapterConfig
 from flux2_kit.training.base_model import BaseModel
@@ -136,6 +137,31 @@ def test_running_out_of_memory_streams_more(dataset, tmp_path, monkeypatch, capl
         return losses(self, group)
 
     monkeypatch.setattr(LoraRun, "_losses", fail_twice)
+    caplog.set_level(logging.WARNING)
+    result = training.train()
+    assert training.placed.streamer is not None and training.placed.streamer.num_resident == 1
+    assert caplog.text.count("the device ran out of memory") == 2
+    found = read_lora(result.lora_path, TINY.dit)
+    for layer, parts in expected.layers.items():
+        assert torch.equal(parts[0].tensors()["lora_B"], found.layers[layer][0].tensors()["lora_B"])
+
+
+def test_a_step_that_runs_out_of_memory_is_done_anew_with_fewer_blocks(dataset, tmp_path, monkeypatch, caplog):
+    config = make_config(tmp_path, max_train_steps=3, checkpointing="blocks", gradient_accumulation_steps=2)
+    expected = read_lora(train(config, dataset).lora_path, TINY.dit)
+    training = run(config, dataset)
+    losses, calls = LoraRun._losses, []
+
+    def fail_in_the_second_step(self, batch):
+        if torch.is_grad_enabled():
+            calls.append(batch)
+        if torch.is_grad_enabled() and len(calls) in (5, 6):  # after the trial and the first step, when half of a step is done, and at once again
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses(self, batch)
+
+    monkeypatch.setattr(LoraRun, "_losses", fail_in_the_second_step)
+    # As on a GPU; on a CPU nothing would be won.
+    monkeypatch.setattr(PlacedDiT, "run", lambda self, work: retry(work, iter(self.lower, False), self.device))
     caplog.set_level(logging.WARNING)
     result = training.train()
     assert training.placed.streamer is not None and training.placed.streamer.num_resident == 1
