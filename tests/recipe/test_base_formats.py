@@ -152,14 +152,14 @@ def test_a_step_that_runs_out_of_memory_is_done_anew_with_fewer_blocks(dataset, 
     training = run(config, dataset)
     losses, calls = LoraRun._losses, []
 
-    def fail_in_the_second_step(self, batch):
+    def fail_in_half_a_step(self, batch):
         if torch.is_grad_enabled():
             calls.append(batch)
-        if torch.is_grad_enabled() and len(calls) in (5, 6):  # after the trial and the first step, when half of a step is done, and at once again
+        if torch.is_grad_enabled() and len(calls) in (3, 4):  # after the trial, when half of a step is done, and at once again
             raise torch.OutOfMemoryError("CUDA out of memory")
         return losses(self, batch)
 
-    monkeypatch.setattr(LoraRun, "_losses", fail_in_the_second_step)
+    monkeypatch.setattr(LoraRun, "_losses", fail_in_half_a_step)
     # As on a GPU; on a CPU nothing would be won.
     monkeypatch.setattr(PlacedDiT, "run", lambda self, work: retry(work, iter(self.lower, False), self.device))
     caplog.set_level(logging.WARNING)
