@@ -350,7 +350,7 @@ def _add_plan(commands: argparse._SubParsersAction[Any], common: Parser) -> None
     parser.add_argument("--precision", choices=PRECISIONS, help="default: auto")
     parser.add_argument("--text_encoder_precision", choices=PRECISIONS, help="default: auto")
     parser.add_argument("--training", action="store_true", help="of a LoRA, from cached pictures and captions")
-    parser.add_argument("--rank", type=int, metavar="N", default=32, help="of the LoRA; default: %(default)s")
+    parser.add_argument("--rank", type=int, metavar="N", help="of the LoRA, with or without --training; default: 32")
     parser.set_defaults(run=_run_plan)
 
 

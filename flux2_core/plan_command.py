@@ -10,6 +10,7 @@ from .variants import get_variant
 
 DEFAULT_BUDGETS = (6.0, 8.0, 10.0, 12.0, 16.0, 24.0, 32.0, 48.0, 80.0)
 REFERENCE_SIDE = 1024
+DEFAULT_RANK = 32
 COLUMNS = ("budget", "precision", "resident", "ring", "text encoder", "autoencoder", "estimate")
 TILINGS = {"whole": "at once", "strips": "strips", "host": "host strips"}
 
@@ -61,12 +62,17 @@ def plan_request(args: argparse.Namespace) -> MemoryRequest:
     for name, number, least in (
         ("references", args.references, 0),
         ("batch_size", args.batch_size, 1),
-        ("rank", args.rank, 1),
+        ("rank", DEFAULT_RANK if args.rank is None else args.rank, 1),
     ):
         if number < least:
             raise ValueError(f"--{name} is {number}; give {least} or more")
     if args.host_memory is not None and not 0 <= args.host_memory < float("inf"):
         raise ValueError(f"--host_memory is {args.host_memory:g}; give a number of GiB, such as 16")
+    trains = args.training or args.rank is not None
+    if trains and args.text_encoder_precision is not None:
+        raise ValueError(
+            "training works on cached captions, without a text encoder; leave --text_encoder_precision out"
+        )
     return MemoryRequest(
         variant=get_variant(args.variant),
         precision=args.precision or "auto",
@@ -78,9 +84,9 @@ def plan_request(args: argparse.Namespace) -> MemoryRequest:
             num_images=args.batch_size,
             uses_cfg=None if args.guidance_scale is None else args.guidance_scale != 1,
         ),
-        rank=args.rank if args.training else None,
-        uses_text_encoder=not args.training,
-        uses_autoencoder=not args.training,
+        rank=(DEFAULT_RANK if args.rank is None else args.rank) if trains else None,
+        uses_text_encoder=not trains,
+        uses_autoencoder=not trains,
     )
 
 

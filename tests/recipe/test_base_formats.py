@@ -155,7 +155,7 @@ def test_a_step_that_runs_out_of_memory_is_done_anew_with_fewer_blocks(dataset, 
     def fail_in_half_a_step(self, batch):
         if torch.is_grad_enabled():
             calls.append(batch)
-        if torch.is_grad_enabled() and len(calls) in (3, 4):  # after the trial, when half of a step is done, and at once again
+        if torch.is_grad_enabled() and len(calls) in (3, 4):  # with half of the first step done, and at once again
             raise torch.OutOfMemoryError("CUDA out of memory")
         return losses(self, batch)
 

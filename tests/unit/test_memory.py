@@ -231,6 +231,10 @@ def test_the_table(capsys):
     assert main(["plan", "dev", "--training", "--rank", "16", "--budgets", "16"]) == 0
     table = capsys.readouterr().out
     assert "training a LoRA of rank 16" in table and "text encoder" not in table and "checkpointing blocks" in table
+    assert main(["plan", "dev", "--rank", "16", "--budgets", "16"]) == 0
+    assert capsys.readouterr().out == table
+    assert main(["plan", "dev", "--training", "--budgets", "16"]) == 0
+    assert "training a LoRA of rank 32" in capsys.readouterr().out
     assert main(["plan", "klein-9b", "--budgets", "1"]) == 1
     assert main(["plan", "klein-9b", "--budgets", "-1"]) == 1
     assert "numbers of GiB above 0" in capsys.readouterr().err
@@ -242,7 +246,8 @@ def test_the_table(capsys):
         (["--image_size", "0", "64"], "--image_size has 0; give 16 pixels or more"),
         (["--references", "-1"], "--references is -1; give 0 or more"),
         (["--batch_size", "0"], "--batch_size is 0; give 1 or more"),
-        (["--training", "--rank", "0"], "--rank is 0; give 1 or more"),
+        (["--rank", "0"], "--rank is 0; give 1 or more"),
+        (["--training", "--text_encoder_precision", "fp8"], "leave --text_encoder_precision out"),
         (["--host_memory", "nan"], "--host_memory is nan; give a number of GiB"),
         (["--host_memory", "-3"], "--host_memory is -3"),
         (["--budgets", "8", "nan"], "--budgets has nan"),
