@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .command_errors import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +54,19 @@ _out_of_graphs: dict[AttentionBackend, Kernel] = {}
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend = "auto") -> Tensor:
     """Softmax attention of ``[B, H, N, head_dim]``, of the same shape."""
-    if backend == "auto":
-        backend = fastest(q, k, v) if q.is_cuda else "sdpa"
-    return kernel(backend)(q, k, v)
+    if backend != "auto":
+        return kernel(backend)(q, k, v)
+    found = fastest(q, k, v) if q.is_cuda else "sdpa"
+    if found == "sdpa":
+        return kernel(found)(q, k, v)
+    try:
+        return kernel(found)(q, k, v)
+    except Exception as error:  # lengths that were not measured may be refused
+        if is_out_of_memory(error):
+            raise
+        logger.warning("attention %s does not take %s (%s); PyTorch's choice is used", found, tuple(q.shape), error)
+        _fastest[_key(q, k)] = "sdpa"
+    return kernel("sdpa")(q, k, v)
 
 
 def check_backend(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
@@ -101,7 +114,7 @@ def _of_torch(backend: AttentionBackend) -> Kernel:
 
 
 def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    result = _package("flash3").flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    result: Any = _package("flash3").flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     # Until 2025 it gave the sums of the softmax as well.
     return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
 
@@ -109,7 +122,8 @@ def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
         raise ValueError("attention sage has no backward pass; use auto for training")
-    return _package("sage").sageattn(q, k, v, tensor_layout="HND", is_causal=False)
+    with torch.cuda.device_of(q):  # its kernels are Triton's in part, which run on the current device
+        return _package("sage").sageattn(q, k, v, tensor_layout="HND", is_causal=False)
 
 
 def _package(backend: AttentionBackend) -> Any:
@@ -126,27 +140,43 @@ def fastest(q: Tensor, k: Tensor, v: Tensor) -> AttentionBackend:
     """The fastest of `CANDIDATES` for tensors like these, measured when such are first met without gradients.
 
     Under torch.compile and with gradients it is ``sdpa``: measuring is no part of a graph, and what is fast forward
-    need not be fast backward.
+    need not be fast backward. While a CUDA graph is captured, what was not measured before is ``sdpa`` as well.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return "sdpa"
-    lengths = q.shape[2].bit_length(), k.shape[2].bit_length()
-    key = (q.device, q.dtype, q.shape[3], q.shape[0] * q.shape[1], *lengths)
+    key = _key(q, k)
     if key not in _fastest:
-        _fastest[key] = _measure(q, k, v)
+        if is_capturing():
+            return "sdpa"
+        # Refusals of PyTorch's kernels are told of as warnings, and events are of the current device.
+        with warnings.catch_warnings(), torch.cuda.device_of(q):
+            warnings.simplefilter("ignore")
+            _fastest[key] = _measure(q, k, v)
         logger.debug("attention of %s x %s: %s", tuple(q.shape), k.shape[2], _fastest[key])
     return _fastest[key]
 
 
+def is_capturing() -> bool:
+    """Whether the current stream is captured into a CUDA graph, which what waits for the device would end."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _key(q: Tensor, k: Tensor) -> tuple[Any, ...]:
+    lengths = q.shape[2].bit_length(), k.shape[2].bit_length()
+    return (q.device, q.dtype, q.shape[3], q.shape[0] * q.shape[1], *lengths)
+
+
 def _measure(q: Tensor, k: Tensor, v: Tensor) -> AttentionBackend:
     expected = F.scaled_dot_product_attention(q, k, v)
+    length = torch.linalg.vector_norm(expected, dtype=torch.float32)
     best: AttentionBackend = "sdpa"
     best_ms = _milliseconds(kernel("sdpa"), q, k, v)
     for candidate in CANDIDATES[1:]:
         try:
             run = kernel(candidate)
-            distance = (run(q, k, v).float() - expected.float()).norm() / expected.float().norm()
-            if not float(distance) <= LARGEST_ERROR:
+            # No copies in fp32: there is little memory beside a large picture.
+            distance = torch.linalg.vector_norm(run(q, k, v) - expected, dtype=torch.float32)
+            if not float(distance / length) <= LARGEST_ERROR:
                 continue
             milliseconds = _milliseconds(run, q, k, v)
         except Exception as error:  # not installed, or not for this device, type or width

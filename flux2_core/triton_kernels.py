@@ -4,7 +4,8 @@ Imported only where they run, since Triton is not installed everywhere. Statisti
 rounded once, to the type of the output. Widths are compile-time constants, numbers of rows are not: another size of
 picture, another number of references and another batch run what is compiled already.
 
-A row is a token of one picture: rows are ``[B, N]``, with strides of their own, channels lie side by side.
+A row is a token of one picture: rows are ``[B, N]``, with strides of their own, channels lie side by side. Triton runs
+a kernel on the current device, so that becomes the one of the tensors for the time of each.
 """
 
 # Triton is not everywhere, and its decorator hides that what is a constexpr in a kernel is a number to its caller.
@@ -39,7 +40,7 @@ def _silu_product(gate, up):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _modulated_norm(
-    x, shift, scale, out, out_scale, num_tokens, x_batch, x_token, mod_batch, mod_token,
+    x, shift, scale, out, out_scale, num_tokens, x_batch, x_token, shift_batch, shift_token, scale_batch, scale_token,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -50,9 +51,9 @@ def _modulated_norm(
     mean = tl.sum(values, axis=0) / WIDTH
     centred = tl.where(inside, values - mean, 0.0)
     centred = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / WIDTH + EPS)
-    at = batch * mod_batch + token * mod_token + channels
-    factor = tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
-    values = centred * factor + tl.load(shift + at, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(scale + batch * scale_batch + token * scale_token + channels, mask=inside, other=0.0)
+    summand = tl.load(shift + batch * shift_batch + token * shift_token + channels, mask=inside, other=0.0)
+    values = centred * factor.to(tl.float32) + summand.to(tl.float32)
     if FP8:
         values, row_scale = _to_rows(values, tl.max(tl.abs(values), axis=0))
         tl.store(out_scale + row, row_scale)
@@ -207,10 +208,11 @@ def joined_swiglu(left: Tensor | None, mlp: Tensor) -> Tensor:
     out = torch.empty(batch, num_tokens, left_width + width, dtype=mlp.dtype, device=mlp.device)
     block = min(MAX_BLOCK, triton.next_power_of_2(max(width, left_width)))
     num_parts = triton.cdiv(left_width, block) + triton.cdiv(width, block)
-    _joined[(batch * num_tokens, num_parts)](
-        mlp if left is None else left, mlp, out, num_tokens, *(_strides(left) if left is not None else (0, 0)),
-        *_strides(mlp), LEFT=left_width, WIDTH=width, BLOCK=block,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        _joined[(batch * num_tokens, num_parts)](
+            mlp if left is None else left, mlp, out, num_tokens, *(_strides(left) if left is not None else (0, 0)),
+            *_strides(mlp), LEFT=left_width, WIDTH=width, BLOCK=block,
+        )  # fmt: skip
     return out
 
 
@@ -222,23 +224,25 @@ def joined_swiglu_rows(left: Tensor | None, mlp: Tensor | None) -> tuple[Tensor,
     left_width, width = 0 if left is None else left.shape[-1], 0 if mlp is None else mlp.shape[-1] // 2
     out, out_scale = _empty_rows(some, left_width + width)
     block = min(2 * MAX_BLOCK, triton.next_power_of_2(max(width, left_width)))
-    _joined_rows[(some.shape[0] * some.shape[1],)](
-        some if left is None else left, some if mlp is None else mlp, out, out_scale, some.shape[1],
-        *(_strides(left) if left is not None else (0, 0)), *(_strides(mlp) if mlp is not None else (0, 0)),
-        LEFT=left_width, WIDTH=width, BLOCK=block, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        _joined_rows[(some.shape[0] * some.shape[1],)](
+            some if left is None else left, some if mlp is None else mlp, out, out_scale, some.shape[1],
+            *(_strides(left) if left is not None else (0, 0)), *(_strides(mlp) if mlp is not None else (0, 0)),
+            LEFT=left_width, WIDTH=width, BLOCK=block, num_warps=8,
+        )  # fmt: skip
     return out, out_scale
 
 
 def gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """`fused.gated_residual`."""
-    x, update = _with_rows(x), _with_rows(update)
+    x, gate, update = _with_rows(x), _with_rows(gate), _with_rows(update)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = min(MAX_BLOCK, triton.next_power_of_2(x.shape[-1]))
-    _gated_residual[(x.shape[0] * x.shape[1], triton.cdiv(x.shape[-1], block))](
-        x, gate, update, out, x.shape[1], *_strides(x), *_modulation_strides(gate, x), *_strides(update),
-        WIDTH=x.shape[-1], BLOCK=block,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        _gated_residual[(x.shape[0] * x.shape[1], triton.cdiv(x.shape[-1], block))](
+            x, gate, update, out, x.shape[1], *_strides(x), *_modulation_strides(gate, x), *_strides(update),
+            WIDTH=x.shape[-1], BLOCK=block,
+        )  # fmt: skip
     return out
 
 
@@ -246,7 +250,7 @@ def heads(
     qkvs: list[Tensor], scales: list[tuple[Tensor, Tensor]], rope: Tensor, num_heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fused.heads`, memory in the order ``[B, N, H, head_dim]``; the values of a single stream stay where they are."""
-    qkvs = [_with_rows(qkv) for qkv in qkvs]
+    qkvs, rope = [_with_rows(qkv) for qkv in qkvs], rope.contiguous()
     batch, hidden = qkvs[0].shape[0], qkvs[0].shape[-1] // 3
     num_tokens, head_dim = sum(qkv.shape[1] for qkv in qkvs), hidden // num_heads
     shape = (batch, num_tokens, num_heads, head_dim)
@@ -257,22 +261,24 @@ def heads(
     at_once = min(triton.next_power_of_2(num_heads), max(1, MAX_BLOCK // 2 // channels))
     first_token = 0
     for qkv, (q_scale, k_scale) in zip(qkvs, scales, strict=True):
-        _heads[(batch * qkv.shape[1], triton.cdiv(num_heads, at_once))](
-            qkv, q_scale, k_scale, rope, q, k, v, qkv.shape[1], first_token, *_strides(qkv), *_strides(q),
-            NUM_HEADS=num_heads, HEAD_DIM=head_dim, HEADS=at_once, CHANNELS=channels, EPS=eps, COPY_V=copy_v,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            _heads[(batch * qkv.shape[1], triton.cdiv(num_heads, at_once))](
+                qkv, q_scale, k_scale, rope, q, k, v, qkv.shape[1], first_token, *_strides(qkv), *_strides(q),
+                NUM_HEADS=num_heads, HEAD_DIM=head_dim, HEADS=at_once, CHANNELS=channels, EPS=eps, COPY_V=copy_v,
+            )  # fmt: skip
         first_token += qkv.shape[1]
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def _run_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out: Tensor, out_scale: Tensor | None) -> None:
+    shift, scale = _with_rows(shift), _with_rows(scale)
     block = triton.next_power_of_2(x.shape[-1])
-    assert shift.stride() == scale.stride()
-    _modulated_norm[(x.shape[0] * x.shape[1],)](
-        x, shift, scale, out, out if out_scale is None else out_scale, x.shape[1], *_strides(x),
-        *_modulation_strides(scale, x), WIDTH=x.shape[-1], BLOCK=block, EPS=eps, FP8=out_scale is not None,
-        num_warps=min(16, max(4, block // 512)),
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        _modulated_norm[(x.shape[0] * x.shape[1],)](
+            x, shift, scale, out, out if out_scale is None else out_scale, x.shape[1], *_strides(x),
+            *_modulation_strides(shift, x), *_modulation_strides(scale, x), WIDTH=x.shape[-1], BLOCK=block, EPS=eps,
+            FP8=out_scale is not None, num_warps=min(16, max(4, block // 512)),
+        )  # fmt: skip
 
 
 def _empty_rows(like: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -293,6 +299,5 @@ def _strides(x: Tensor) -> tuple[int, int]:
 
 def _modulation_strides(modulation: Tensor, x: Tensor) -> tuple[int, int]:
     """Of ``[B or 1, N or 1, D]``, 0 where one row serves all."""
-    assert modulation.dim() == 3 and modulation.stride(-1) == 1
     batch = modulation.stride(0) if modulation.shape[0] == x.shape[0] else 0
     return batch, modulation.stride(1) if modulation.shape[1] == x.shape[1] else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -128,6 +129,32 @@ def test_auto_takes_the_fastest_exact_one_and_measures_once(monkeypatch):
         milliseconds["flash"] = 0.98
         assert attention_backends.fastest(q[..., :4], k[..., :4], v) == "sdpa"
     assert "sage" not in attention_backends.CANDIDATES
+
+
+def test_auto_goes_on_with_pytorchs_choice_where_the_fastest_one_refuses(monkeypatch, caplog):
+    class OnCuda(Tensor):
+        is_cuda = True  # pyright: ignore
+
+    q, k, v = random_heads()
+    failure: list[Exception] = [RuntimeError("no available kernel")]
+
+    def refuse(*tensors: Tensor) -> Tensor:
+        raise failure[0]
+
+    monkeypatch.setitem(attention_backends._out_of_graphs, "flash3", refuse)
+    monkeypatch.setattr(attention_backends, "_fastest", {})
+    monkeypatch.setattr(attention_backends, "_measure", lambda *_: "flash3")
+    monkeypatch.setattr(attention_backends.torch.cuda, "device_of", lambda _: nullcontext())
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(
+                attend(q.as_subclass(OnCuda), k, v).as_subclass(Tensor), F.scaled_dot_product_attention(q, k, v)
+            )
+        assert len(caplog.records) == 1 and "no available kernel" in caplog.text
+        attention_backends._fastest.clear()
+        failure[0] = torch.OutOfMemoryError()
+        with pytest.raises(torch.OutOfMemoryError):
+            attend(q.as_subclass(OnCuda), k, v)
 
 
 def test_compiled_blocks_are_one_program_for_all_sizes_streamed_or_not():
