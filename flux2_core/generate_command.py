@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from .acceleration_options import read_acceleration_options
 from .autoencoder import Flux2Autoencoder
-from .checkpoint import load_autoencoder
 from .command_errors import describe_error, is_out_of_memory
 from .command_options import DTYPES, choose_device
 from .detect import resolve_variant
@@ -33,7 +32,7 @@ from .launch import Launch, join_launch
 from .lora import LoraSetting
 from .lora_command import check_lora_options, read_lora_settings, save_merged
 from .memory import MemoryNeeds
-from .memory_options import read_memory_options
+from .memory_options import autoencoder_dtype, read_memory_options
 from .picture_metadata import GenerationRecord, make_record, parse_record, write_png
 from .pipeline import (
     Flux2Pipeline,
@@ -44,6 +43,7 @@ from .pipeline import (
     find_model_files,
     load_pipeline,
 )
+from .placement import place_autoencoder
 from .prompt_lines import PromptLine, parse_prompt_line, prompt_lines
 from .sampling import DenoiseStep
 from .tensor_source import TensorSource
@@ -60,9 +60,10 @@ NOT_FOR_LATENTS = (
     "negative_prompt", "control_image_path", "no_resize_control", "reference_cache", "image_size", "infer_steps",
     "guidance_scale", "embedded_cfg_scale", "flow_shift", "seed", "num_images", "image_path", "strength", "lora_weight",
     "lora_multiplier", "include_patterns", "exclude_patterns", "allow_unmatched", "save_merged_model", "attention",
-    "attn_mode", "compile",
+    "attn_mode", "compile", "dtype", "precision", "text_encoder_precision", "vram_budget", "blocks_to_swap",
+    "fp8_scaled", "fp8", "fp8_text_encoder",
 )  # fmt: skip
-"""Options of sampling; latents that are only decoded were sampled already."""
+"""Options of sampling and of its networks; latents that are only decoded were sampled already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -483,7 +484,7 @@ def decode_files(args: argparse.Namespace, device: torch.device) -> int:
     loaded: dict[Path, Flux2Autoencoder] = {}
     for (path, latents, record), weights in zip(sources, autoencoders, strict=True):
         if weights not in loaded:
-            loaded = {weights: load_autoencoder(weights, device=device)}  # one at a time
+            loaded = {weights: place_autoencoder(weights, device, autoencoder_dtype(args))}  # one at a time
         images = decode_latents(loaded[weights], latents, tiled=args.vae_tiling)
         kept = replace(record, autoencoder=weights.name) if record and not args.no_metadata else None
         with claim_stem(folder, str(record.seed) if record else path.stem.removesuffix("_latent")) as stem:

@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from .memory import PlanPrecision
+    from .memory import AutoencoderPrecision, PlanPrecision
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,14 @@ def read_memory_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "precision": precision,
         "text_encoder_precision": text_encoder,
-        "autoencoder_dtype": LONG_DTYPES.get(args.vae_dtype, args.vae_dtype),
+        "autoencoder_dtype": autoencoder_dtype(args),
         "vram_budget_gib": args.vram_budget,
     }
+
+
+def autoencoder_dtype(args: argparse.Namespace) -> AutoencoderPrecision:
+    """What ``--vae_dtype`` stands for."""
+    return cast("AutoencoderPrecision", LONG_DTYPES.get(args.vae_dtype, args.vae_dtype))
 
 
 def choose_precision(name: str, asked: str | None, **flags: bool | None) -> PlanPrecision:

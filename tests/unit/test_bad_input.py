@@ -165,6 +165,7 @@ def test_settings_without_effect_are_refused(refused):
     assert "--no_resize_control was given without a reference; add" in refused("--no_resize_control")
     message = refused("--latent_path", "x.safetensors", "--seed", "3")
     assert message == "--seed has no effect on saved latents, which are only decoded; leave it out"
+    assert "--vram_budget has no effect" in refused("--latent_path", "x.safetensors", "--vram_budget", "8")
 
 
 def test_references(refused, tmp_path):

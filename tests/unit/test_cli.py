@@ -101,6 +101,14 @@ def test_decoding_loads_no_other_network(generate, monkeypatch):
     assert (code, len(decoded)) == (0, 1)
 
 
+def test_decoding_takes_the_type_that_is_asked_for(generate):
+    _, files = generate("--prompt", "x", "--output_type", "latent_images", "--vae_dtype", "bf16")
+    picture, latents = sorted(files, key=lambda file: file.suffix)
+    _, same = generate("--latent_path", str(latents), "--vae_dtype", "bfloat16", folder="same")
+    _, other = generate("--latent_path", str(latents), "--vae_dtype", "fp32", folder="other")
+    assert same[0].read_bytes() == picture.read_bytes() != other[0].read_bytes()
+
+
 def test_latents_without_batch_axis_as_musubi_writes_them(generate, tmp_path):
     save_file({"latent": torch.zeros(128, 4, 5, dtype=torch.bfloat16)}, tmp_path / "theirs_latent.safetensors")
     code, files = generate("--latent_path", str(tmp_path / "theirs_latent.safetensors"))
