@@ -18,6 +18,9 @@ Tiling = Literal["whole", "strips", "host"]
 """How a picture runs through the autoencoder: at once, in strips, or in strips of tensors that are in host memory."""
 STRIP_COPIES = 3
 """Tensors of a strip's size at a time: normed, padded, and convolved, or its result in fp32."""
+STRIPS_UNDER_WAY = 3
+"""With whole tensors in host memory, beside those: the next strip and its skip, and the result of the one before. The
+skip of a strip takes the place of the third copy."""
 
 
 @lru_cache
@@ -144,7 +147,7 @@ def host_strip_bytes(
     config: AutoencoderConfig, width: int, height: int, item_bytes: int, *, decodes: bool, is_cuda: bool = True
 ) -> int:
     """Peak on the device with whole tensors in host memory; as `strip_bytes`."""
-    copies = STRIP_COPIES + 1 + (2 if is_cuda else 0)
+    copies = STRIP_COPIES + STRIPS_UNDER_WAY + (2 if is_cuda else 0)
     widths = config.decoder_widths if decodes else config.encoder_widths
     smallest = width * height // 4 ** (len(widths) - 1) * widths[-1]
     strip = min(STRIP_ELEMENTS, 2 * max(widths) * width * height)

@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
+from flux2_kit.flux2_core import autoencoder_strips
 from flux2_kit.flux2_core.autoencoder import AutoencoderConfig, Flux2Autoencoder, arrange_channels
+from flux2_kit.flux2_core.block_memory import HostBuffer
 from torch import nn
 
 pytestmark = [
@@ -49,3 +51,26 @@ def test_a_gpu_computes_what_the_cpu_does(dtype, limit, monkeypatch):
     ):
         assert (made.cpu() - expected).norm() <= limit * expected.norm()
     assert sum(orders) > 0.9 * len(orders)
+
+
+@pytest.mark.parametrize("is_last", [True, False], ids=["channels last", "channels first"])
+@pytest.mark.parametrize("is_pinned", [True, False], ids=["pinned", "pinning refused"])
+@torch.no_grad()
+def test_strips_pass_through_host_memory_beside_the_computation(is_pinned, is_last, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(autoencoder_strips, "STRIP_ELEMENTS", 2**15)
+    if not is_pinned:
+        monkeypatch.setattr(HostBuffer, "pin", lambda self: None)
+    exact = build()
+    there = copy.deepcopy(exact).to("cuda")
+    if is_last:
+        arrange_channels(there)
+    z, images = torch.randn(1, 32, 24, 36), torch.rand(1, 3, 192, 288) * 2 - 1
+    for _ in range(3):
+        strips = autoencoder_strips.Strips(torch.device("cpu"))
+        for expected, made in (
+            (exact.decoder(z), strips.decode(there.decoder, z.cuda())),
+            (exact.encoder(images), strips.encode(there.encoder, images.cuda())),
+        ):
+            assert made.is_cuda and (made.cpu() - expected).norm() <= 1e-4 * expected.norm()
+        assert all(buffer.bytes.is_pinned() == is_pinned for buffer in strips._memory)

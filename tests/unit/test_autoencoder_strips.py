@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from flux2_kit.flux2_core import autoencoder_strips
 from flux2_kit.flux2_core.autoencoder import AutoencoderConfig, Flux2Autoencoder
+from flux2_kit.flux2_core.autoencoder_memory import strip_bytes
+from flux2_kit.flux2_core.block_memory import Transfers
 from flux2_kit.flux2_core.checkpoint import load_autoencoder
 from flux2_kit.flux2_core.weights import TINY_FOLDER
 from flux2_kit.training.tiny.pictures import draw_scenes, seen_scenes
 from torch import Tensor
 
+ELSEWHERE = torch.device("cpu", 0)
+"""Memory that is not told to be where the weights are, on the CPU."""
 CONFIG = AutoencoderConfig(
     encoder_widths=(8, 16, 32, 32), decoder_widths=(8, 16, 32, 24), num_res_blocks=2, num_norm_groups=4
 )
@@ -130,12 +136,96 @@ def test_the_size_of_strips_changes_nothing_but_memory(monkeypatch):
 
 
 @torch.inference_mode()
-def test_whole_tensors_are_kept_where_they_are_told_to(monkeypatch):
-    autoencoder, kept = random(), set()
-    empty = torch.empty
-    monkeypatch.setattr(
-        autoencoder_strips.torch, "empty", lambda *shape, **kw: kept.add(kw["device"]) or empty(*shape, **kw)
-    )
-    autoencoder.decode_tiled(torch.zeros(1, 128, 2, 2), store=torch.device("cpu", 0))
-    assert torch.device("cpu", 0) in kept
-    assert torch.device("cpu") in kept, "the picture itself is where the weights are"
+def test_whole_tensors_share_memory_elsewhere_and_results_do_not(monkeypatch):
+    autoencoder, strips, sizes = random(), autoencoder_strips.Strips(ELSEWHERE), []
+    take = strips._host_memory
+
+    def watched(num_bytes, reads, *, pinned):
+        memory = take(num_bytes, reads, pinned=pinned)
+        assert not pinned and memory in strips._memory
+        sizes.append(sum(buffer.bytes.numel() for buffer in strips._memory))
+        return memory
+
+    monkeypatch.setattr(strips, "_host_memory", watched)
+    latents = torch.randn(2, 32, 6, 4, generator=torch.Generator().manual_seed(1))
+    pictures = [strips.decode(autoencoder.decoder, row) for row in latents.split(1)]
+    torch.testing.assert_close(torch.cat(pictures), autoencoder.decoder(latents), rtol=1e-5, atol=1e-5)
+    assert max(sizes) == strip_bytes(CONFIG, 32, 48, 4, decodes=True)[1]
+    held = {buffer.bytes.untyped_storage().data_ptr() for buffer in strips._memory}
+    assert not held & {picture.untyped_storage().data_ptr() for picture in pictures}
+    sizes.clear()
+    strips = autoencoder_strips.Strips(ELSEWHERE)
+    take = strips._host_memory
+    monkeypatch.setattr(strips, "_host_memory", watched)
+    strips.encode(autoencoder.encoder, pictures[0])
+    assert max(sizes) == strip_bytes(CONFIG, 32, 48, 4, decodes=False)[1]
+
+
+class Late(Transfers):
+    """Copies happen when they are waited for, in their order, and keep no strip alive until then."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.copies: list[tuple] = []
+        self.num_done = 0
+        self.most_under_way = 0
+
+    def mark(self) -> str:
+        return "mark"
+
+    def copy(self, target, source, after) -> int:
+        assert after == "mark", "memory may still be in use"
+        is_load = target._base is None
+        self.log.append("load" if is_load else "store")
+        self.copies.append((weakref.ref(target), source) if is_load else (target, weakref.ref(source)))
+        self.most_under_way = max(self.most_under_way, len(self.copies) - self.num_done)
+        return len(self.copies)
+
+    def wait(self, event) -> None:
+        for target, source in self.copies[self.num_done : event]:
+            given = [one() if isinstance(one, weakref.ref) else one for one in (target, source)]
+            assert all(one is not None for one in given), "a strip went before its copy was over"
+            super().copy(*given, None)
+        self.num_done = max(self.num_done, event or 0)
+
+    wait_on_host = wait
+
+    def finish(self) -> None:
+        self.wait(len(self.copies))
+        self.log.append("end")
+
+
+@pytest.mark.parametrize("is_last", [False, True], ids=["channels first", "channels last"])
+@torch.inference_mode()
+def test_strips_come_and_go_while_others_are_computed(is_last, monkeypatch):
+    late, autoencoder, images = Late(), random(), picture()
+    if is_last:
+        autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    latents = autoencoder.encode(images)
+    expected = autoencoder.encode_tiled(images, store=ELSEWHERE), autoencoder.decode_tiled(latents, store=ELSEWHERE)
+    torch.testing.assert_close(expected[1], autoencoder.decode(latents), rtol=1e-5, atol=1e-4)
+    monkeypatch.setattr(autoencoder_strips, "make_transfers", lambda _: late)
+    assert torch.equal(autoencoder.encode_tiled(images, store=ELSEWHERE), expected[0])
+    assert torch.equal(autoencoder.decode_tiled(latents, store=ELSEWHERE), expected[1])
+    # Two results, and a strip and its skip of two convolutions.
+    assert late.most_under_way <= 6
+    layers = [layer.split() for layer in " ".join(late.log).split("end")]
+    assert sum(layer[:5] == ["load", "load", "store", "load", "store"] for layer in layers) > 10
+
+
+@torch.inference_mode()
+def test_an_error_leaves_no_copy_under_way(monkeypatch):
+    late, autoencoder, padded = Late(), random(), []
+    pad = torch.nn.functional.pad
+
+    def fail(x, *args):
+        padded.append(1)
+        if len(padded) == 20:
+            raise torch.OutOfMemoryError
+        return pad(x, *args)
+
+    monkeypatch.setattr(autoencoder_strips, "make_transfers", lambda _: late)
+    monkeypatch.setattr(autoencoder_strips.F, "pad", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        autoencoder.encode_tiled(picture(), store=ELSEWHERE)
+    assert late.num_done == len(late.copies) > 0
