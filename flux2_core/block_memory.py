@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +114,10 @@ class HostBuffer:
         self._unpin: weakref.finalize[..., HostBuffer] | None = None
 
     def pin(self) -> None:
-        """Pins the memory where it lies; where the system refuses, it says so and copies are only slower."""
+        """Pins the memory where it lies, through the current device, for copies to all of them.
+
+        Where the system refuses, it says so and copies are only slower.
+        """
         if self._unpin is not None or not self.bytes.numel() or not torch.cuda.is_available():
             return
         address = self.bytes.data_ptr()
@@ -125,7 +129,7 @@ class HostBuffer:
             _clear_cuda_error()
             return
         # This object goes before the memory does, which it holds: nothing is freed while it is pinned.
-        self._unpin = weakref.finalize(self, _unregister, address)
+        self._unpin = weakref.finalize(self, _unregister, address, torch.cuda.current_device())
         self._unpin.atexit = False  # the system does it, and CUDA may be gone by then
 
     def unpin(self) -> None:
@@ -135,16 +139,22 @@ class HostBuffer:
             self._unpin = None
 
 
-def _unregister(address: int) -> None:
-    torch.cuda.synchronize()  # a model that is dropped may have ordered copies of the blocks that would have come next
-    cudart: Any = torch.cuda.cudart()
-    cudart.cudaHostUnregister(address)
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """Makes a CUDA device the current one: what is pinned through another one takes some of that one's memory."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _unregister(address: int, device_index: int) -> None:
+    with torch.cuda.device(device_index):
+        torch.cuda.synchronize()  # a model that is dropped may have ordered copies of the blocks that would come next
+        cudart: Any = torch.cuda.cudart()
+        cudart.cudaHostUnregister(address)
 
 
 def _clear_cuda_error() -> None:
     """CUDA reports a failed call once more to whoever launches the next kernel."""
     try:
-        torch.zeros(1, device="cuda")
+        torch.ones(1, device="cuda")
     except RuntimeError:
         logger.debug("the error that pinning left behind", exc_info=True)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .block_memory import Arrival, Event, HostBuffer, Member, StreamedBlock, Transfers, check_frozen, lay_out
+from .block_memory import Arrival, Event, HostBuffer, Member, StreamedBlock, Transfers, check_frozen, lay_out, on_device
 from .file_reader import FileReader
 from .state_dict import COMFYUI_DIT_PREFIX
 from .tensor_source import TensorEntry, TensorSource
@@ -97,7 +97,8 @@ class DiskReader:
         buffer, copied = self._buffers.pop(0)
         try:
             if target.is_cuda:
-                buffer.pin()
+                with on_device(target.device):  # a thread begins with the first one
+                    buffer.pin()
             transfers.wait_on_host(copied)
             self._check_unchanged()
             for member, stored in block.parts:
@@ -119,7 +120,11 @@ class DiskReader:
             ValueError: the file ends before, or cannot be read.
         """
         try:
-            self._reader.fill(entry.file, entry.begin + start, target)
+            try:
+                self._reader.fill(entry.file, entry.begin + start, target)
+            except (EOFError, OSError):
+                self._check_unchanged()  # says more
+                raise
         except EOFError as error:
             raise ValueError(f"{entry.file} was cut off while the model streams from it; download it again") from error
         except OSError as error:

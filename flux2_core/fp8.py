@@ -138,12 +138,12 @@ def multiply_back(gradient: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 def _multiply_scaled(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, mode: ScaledMM) -> Tensor:
     """``(x * x_scale) (weight * scale)^T`` in bf16, the one type that every such GPU gives, for e4m3 ``[M, K]``."""
-    one = torch.ones((), device=x.device)
+    one = None if mode == "rows" else torch.ones((), device=x.device)
     product: Tensor = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-        x,
+        x.contiguous(),  # rounding keeps the layout of what it is given, and a gradient may lie by columns
         weight.t(),
-        scale_a=x_scale if mode == "rows" else one,
-        scale_b=scale.t() if mode == "rows" else one,
+        scale_a=x_scale.contiguous() if one is None else one,
+        scale_b=scale.t() if one is None else one,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
@@ -155,7 +155,9 @@ def scaled_mm(device: torch.device) -> ScaledMM | None:
 
     While torch.compile traces, a device that was not tried before counts as one without: trying is no part of a graph.
     """
-    index = device.index if device.type == "cuda" and device.index is not None else -1
+    index = -1
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _scaled_mm:
         if torch.compiler.is_compiling():
             return None
@@ -179,6 +181,6 @@ def _probe(device: torch.device) -> ScaledMM | None:
             product = _multiply_scaled(x, scale, x, scale, mode)
             if (product == MULTIPLE).all():
                 return mode
-        except (RuntimeError, NotImplementedError):
-            continue
+        except (RuntimeError, ValueError) as error:  # which one of them depends on torch's version
+            logger.debug("fp8 with scales per %s: %s", mode.removesuffix("s"), error)
     return None

@@ -22,7 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from . import fp8
-from .block_memory import Arrival, Event, HostBlock, StreamedBlock, check_frozen, make_transfers, tensor_bytes
+from .block_memory import (
+    Arrival,
+    Event,
+    HostBlock,
+    StreamedBlock,
+    check_frozen,
+    make_transfers,
+    on_device,
+    tensor_bytes,
+)
 from .dit import Flux2DiT
 from .linear import Linear
 
@@ -234,7 +243,8 @@ class BlockStreamer:
     def _stream(self, index: int) -> StreamedBlock:
         block = self.blocks[index]
         pinned = self._pinned and self.device.type == "cuda"
-        streamed = HostBlock(block, pinned=pinned) if self._disk is None else self._disk.open_block(index, block)
+        with on_device(self.device):
+            streamed = HostBlock(block, pinned=pinned) if self._disk is None else self._disk.open_block(index, block)
         block.__dict__["_apply"] = functools.partial(self._apply, block)
         return streamed
 
@@ -336,7 +346,8 @@ class BlockStreamer:
         if not streamed.is_unchanged():
             # The old buffers may still be read, or be too small for the new weights.
             self.unload()
-            streamed.renew()
+            with on_device(self.device):
+                streamed.renew()
         for slot in self._ring():
             if slot.index == index:
                 return slot
@@ -399,8 +410,9 @@ class BlockStreamer:
             self.unload()
             self.device, self._transfers = device, make_transfers(device)
             if self._pinned and device.type == "cuda":
-                for streamed in self._streamed.values():
-                    streamed.pin()
+                with on_device(device):
+                    for streamed in self._streamed.values():
+                        streamed.pin()
                 self._try_fp8()
 
         def change_type(tensor: Tensor) -> Tensor:

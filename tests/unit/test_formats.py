@@ -154,13 +154,32 @@ def test_a_device_is_tried(monkeypatch, refused):
 
     def scaled_mm(*args, scale_a: Tensor, **options) -> Tensor:
         if ("tensor" if scale_a.dim() == 0 else "rows") in refused:
-            raise RuntimeError("not on this GPU")
+            raise (RuntimeError if scale_a.dim() else ValueError)("not on this GPU")
         result = product(*args, scale_a=scale_a, **options)
         return result * 2 if refused == "wrong" else result
 
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     expected = {(): "rows", ("rows",): "tensor"}.get(refused)  # pyright: ignore[reportArgumentType]
     assert fp8._probe(torch.device("cpu")) == expected
+
+
+def test_the_8_bit_product_is_given_the_layouts_that_gpus_demand(generator, monkeypatch):
+    product, num_calls = torch._scaled_mm, 0
+
+    def scaled_mm(a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, **options) -> Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        assert a.stride() == (a.shape[1], 1) and b.stride() == (1, b.shape[0])
+        assert scale_a.shape == (a.shape[0], 1) and scale_b.shape == (1, b.shape[1])
+        assert scale_a.is_contiguous() and scale_b.is_contiguous() and scale_a.dtype == scale_b.dtype == torch.float32
+        return product(a, b, scale_a=scale_a, scale_b=scale_b, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setitem(fp8._scaled_mm, -1, "rows")
+    linear = make_linear(generator, "fp8", 160, 96)
+    by_columns = torch.randn(160, 24, generator=generator).t().requires_grad_()
+    linear(by_columns).backward(torch.randn(96, 24, generator=generator).t())
+    assert num_calls == 2
 
 
 def test_that_a_device_cannot_multiply_in_fp8_is_said_once(generator, caplog):
