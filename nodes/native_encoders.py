@@ -118,16 +118,12 @@ class BridgedVAE:
                 f"FLUX.2 encodes pictures [batch, height, width, 3]; it got a tensor of shape {tuple(pixels.shape)}"
             )
         images = self.vae_encode_crop_pixels(pixels[..., :3]).movedim(-1, 1) * 2 - 1
-        return torch.cat(
-            [first_that_fits([partial(way, row) for way in ways]).to(self.output_device) for row in images.split(1)]
-        )
+        return _run_rows(ways, images, self.output_device)
 
     @torch.inference_mode()
     def _decode(self, latents: Tensor, *ways: Callable[[Tensor], Tensor]) -> Tensor:
         check_latents(latents, self.first_stage_model.config.packed_channels, "the input of VAE Decode")
-        pictures = torch.cat(
-            [first_that_fits([partial(way, row) for way in ways]).to(self.output_device) for row in latents.split(1)]
-        )
+        pictures = _run_rows(ways, latents, self.output_device)
         return ((pictures + 1) / 2).clamp(0, 1).movedim(1, -1)
 
     def _use(self, num_bytes: Callable[..., int], width: int, height: int) -> None:
