@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .block_memory import Event, HostBuffer, Transfers, make_transfers
+from .block_memory import Event, HostBuffer, Transfers, make_transfers, on_device
 from .group_norm import apply_group_norm, channel_moments, group_moments
 from .upsampled_convolution import memory_format, upsampled_convolution
 
@@ -246,10 +246,10 @@ class Strips:
             if self.store.type != "cpu":
                 return torch.empty(shape, dtype=like.dtype, device=self.store, memory_format=torch.channels_last)
             num_bytes = torch.Size(shape).numel() * like.itemsize
-            memory = self._host_memory(num_bytes, reads, pinned=conv.weight.is_cuda).bytes[:num_bytes]
+            memory = self._host_memory(num_bytes, reads, conv.weight.device).bytes[:num_bytes]
             return memory.view(like.dtype).view(1, height, width, -1).permute(0, 3, 1, 2)
 
-    def _host_memory(self, num_bytes: int, reads: tuple[Tensor, ...], *, pinned: bool) -> HostBuffer:
+    def _host_memory(self, num_bytes: int, reads: tuple[Tensor, ...], device: torch.device) -> HostBuffer:
         """Host memory in which none of these tensors lies; besides them, no layer's result is needed any more."""
         addresses = [tensor.untyped_storage().data_ptr() for tensor in reads]
         taken = [buffer for buffer in self._memory if buffer.bytes.untyped_storage().data_ptr() in addresses]
@@ -260,8 +260,9 @@ class Strips:
         del free
         self._memory = taken  # what does not fit goes before there is more
         buffer = HostBuffer(num_bytes)
-        if pinned:
-            buffer.pin()
+        if device.type == "cuda":
+            with on_device(device):
+                buffer.pin()
         self._memory.append(buffer)
         return buffer
 

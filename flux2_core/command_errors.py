@@ -20,10 +20,12 @@ def describe_error(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python ran out of memory; on the CPU torch has no class of its own for that."""
+    """Whether torch or Python ran out of memory; not everywhere has torch a class of its own for that."""
     import torch
 
-    cpu = isinstance(error, RuntimeError) and (
-        "can't allocate memory" in str(error) or "not enough memory" in str(error)
-    )
-    return cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # Libraries on CUDA (cuBLAS, Triton, the driver) allocate for themselves, and tell it in words too.
+    told = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    told += ("Triton Error [CUDA]: out of memory",)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in told)

@@ -11,6 +11,7 @@ the result is already rounded to rows of fp8.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -125,7 +126,9 @@ def _kernels(name: str, x: Tensor, widths: tuple[int, ...]) -> ModuleType | None
 
 
 def _works(name: str, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> bool:
-    """Whether a kernel can be imported, compiles and gives on random numbers what PyTorch gives."""
+    """Whether a kernel compiles and gives on random numbers what PyTorch gives."""
+    if not _has_triton():
+        return False
     try:
         from . import triton_kernels
 
@@ -139,12 +142,27 @@ def _works(name: str, device: torch.device, dtype: torch.dtype, widths: tuple[in
     return error <= limit
 
 
+@functools.cache
+def _has_triton() -> bool:
+    """Whether the kernels can be imported; told once where they cannot, and not for each of them."""
+    try:
+        from . import triton_kernels  # noqa: F401
+    except Exception as failure:
+        logger.warning(
+            "the fused kernels need Triton, which cannot be used (%s: %s); PyTorch's own are used, which is slower",
+            type(failure).__name__,
+            " ".join(str(failure).split())[:300],
+        )
+        return False
+    return True
+
+
 def _warn(name: str, device: torch.device, why: str) -> None:
     logger.warning(
         "the fused kernel %s does not run on %s (%s); PyTorch's own are used, which is slower",
         name,
         device,
-        why.splitlines()[0][:300],
+        why.strip().partition("\n")[0][:300],
     )
 
 

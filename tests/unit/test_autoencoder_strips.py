@@ -140,9 +140,9 @@ def test_whole_tensors_share_memory_elsewhere_and_results_do_not(monkeypatch):
     autoencoder, strips, sizes = random(), autoencoder_strips.Strips(ELSEWHERE), []
     take = strips._host_memory
 
-    def watched(num_bytes, reads, *, pinned):
-        memory = take(num_bytes, reads, pinned=pinned)
-        assert not pinned and memory in strips._memory
+    def watched(num_bytes, reads, device):
+        memory = take(num_bytes, reads, device)
+        assert device.type == "cpu" and memory in strips._memory
         sizes.append(sum(buffer.bytes.numel() for buffer in strips._memory))
         return memory
 

@@ -215,6 +215,9 @@ def test_prompt_files(refused, tmp_path):
     assert re.search(r"prompts\.txt is no UTF-8 text \(.*\); save it as UTF-8", refused("--from_file", str(path)))
     path.write_text("# nothing\n\n")
     assert refused("--from_file", str(path)) == f"{path} holds no prompts; write one a line"
+    path.write_text("x --w 64")
+    message = refused("--from_file", str(path), "--reference_cache", "approximate")
+    assert "--reference_cache was given without a reference; add --control_image_path (in a line --ci)" in message
     path.write_text("fine --s 0\n")
     assert refused("--from_file", str(path)) == f"{path}:1: the number of steps is 0; it must lie in 1..1000"
 
@@ -245,6 +248,10 @@ def test_devices(refused):
         (
             torch.OutOfMemoryError("CUDA: 2 GiB"),
             "out of memory (CUDA: 2 GiB); take a smaller --image_size, or --vae_tiling",
+        ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "out of memory (CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
         ),
         (OSError(28, "No space left on device", "a.png"), "a.png: No space left on device; check the path, its "),
         (

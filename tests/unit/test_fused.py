@@ -151,6 +151,22 @@ def test_a_kernel_is_tried_once_and_only_for_inference_on_cuda(probed):
     assert probed == ["gated_residual"]
 
 
+def test_without_triton_one_warning_stands_for_all_kernels(monkeypatch, caplog):
+    monkeypatch.setattr(fused, "_probed", {})
+    monkeypatch.delattr(sys.modules["flux2_kit.flux2_core"], "triton_kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "flux2_kit.flux2_core.triton_kernels", None)
+    fused._has_triton.cache_clear()
+    x, gate = random(1, 3, 8), random(1, 1, 8)
+    try:
+        with torch.no_grad():
+            fused.gated_residual(on_cuda(x), gate, x)
+            fused.modulated_norm(on_cuda(x), gate, gate)
+    finally:
+        fused._has_triton.cache_clear()
+    (record,) = caplog.records
+    assert "need Triton" in record.getMessage()
+
+
 @pytest.mark.parametrize("failure", ["raises", "differs"])
 def test_a_kernel_that_fails_is_not_used_and_is_told_of_once(failure, monkeypatch, caplog):
     def run(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
@@ -163,6 +179,7 @@ def test_a_kernel_that_fails_is_not_used_and_is_told_of_once(failure, monkeypatc
     monkeypatch.setitem(sys.modules, "flux2_kit.flux2_core.triton_kernels", module)
     monkeypatch.setattr(sys.modules["flux2_kit.flux2_core"], "triton_kernels", module, raising=False)
     x, gate = random(1, 3, 8), random(1, 1, 8)
+    fused._has_triton.cache_clear()
     with torch.no_grad(), caplog.at_level(logging.WARNING):
         for _ in range(2):
             result = fused.gated_residual(on_cuda(x), gate, x).as_subclass(torch.Tensor)
