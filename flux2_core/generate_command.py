@@ -176,10 +176,9 @@ def read_jobs(args: argparse.Namespace, variant: Variant, *, tells: bool = True)
     if args.interactive:
         return [], 0
     if args.prompt is not None:
-        for option in ("no_resize_control", "reference_cache"):
-            if getattr(args, option) and not args.control_image_path:
-                raise ValueError(f"--{option} was given without a reference; add --control_image_path or leave it out")
-        return [("", make_job(args, PromptLine(prompt=args.prompt), variant))], 0
+        job = make_job(args, PromptLine(prompt=args.prompt), variant)
+        check_reference_options(args, [job])
+        return [("", job)], 0
     path = Path(args.from_file)
     if not path.is_file():
         raise ValueError(f"no prompt file at {path}; check the path")
@@ -198,7 +197,24 @@ def read_jobs(args: argparse.Namespace, variant: Variant, *, tells: bool = True)
             if tells:
                 logger.error("%s:%d: %s", path, number, describe_error(error))
             num_bad += 1
+    if not num_bad:
+        check_reference_options(args, [job for _, job in jobs])
     return jobs, num_bad
+
+
+def check_reference_options(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
+    """Refuses options about references where no job has any.
+
+    Raises:
+        ValueError: with the option.
+    """
+    if any(job.reference_paths for job in jobs):
+        return
+    for option in ("no_resize_control", "reference_cache"):
+        if getattr(args, option):
+            raise ValueError(
+                f"--{option} was given without a reference; add --control_image_path (in a line --ci) or leave it out"
+            )
 
 
 def make_job(args: argparse.Namespace, line: PromptLine, variant: Variant) -> Job:

@@ -59,7 +59,11 @@ def _add_cache(commands: argparse._SubParsersAction[Any], common: core_cli.Parse
         parser.add_argument("--model_version", metavar="NAME", help="a variant; default: tiny without weights")
         if name != "cache-text":
             parser.add_argument("--vae", metavar="PATH", help="autoencoder; default: looked up by variant")
-            parser.add_argument("--vae_dtype", choices=("bf16", "fp16", "fp32", "bfloat16", "float16", "float32"))
+            parser.add_argument(
+                "--vae_dtype",
+                choices=("bf16", "fp16", "fp32", "bfloat16", "float16", "float32"),
+                help="of the autoencoder; default: as in the file",
+            )
         if name != "cache-latents":
             parser.add_argument("--text_encoder", metavar="PATH", help="default: looked up by variant")
             parser.add_argument("--tokenizer", metavar="PATH", help="default: beside the text encoder")
