@@ -192,14 +192,18 @@ def compare(
         return result[0].float() * result[1]
 
     def rounded(x: Tensor) -> Tensor:
-        return stored(fp8.quantise_rows(x))
+        return stored(fp8.quantise_rows(x.float()))
+
+    def wide(x: Tensor) -> Tensor:
+        # What is rounded to fp8 is not rounded to 16 bits before, which makes many codes others: 0.027 in all.
+        return x.float() if name.endswith("rows") else x
 
     got: Sequence[Tensor]
     with torch.enable_grad():  # what keeps the functions of this module from running the kernels
         if name.startswith("modulated_norm"):
             x, (shift, scale, _) = random(2, num_tokens, *widths), random(2, 1, 3 * widths[0]).chunk(3, dim=-1)
             scale = 1 + scale  # not a part of what holds both any more, as in a block
-            expected = [_plain(modulated_norm(x, shift, scale))]
+            expected = [_plain(modulated_norm(wide(x), wide(shift), wide(scale)))]
             if name == "modulated_norm":
                 got = [kernels.modulated_norm(x, shift, scale, NORM_EPS)]
             else:
@@ -207,7 +211,7 @@ def compare(
         elif name.startswith("joined_swiglu"):
             left = random(2, num_tokens, widths[0]) if widths[0] else None
             mlp = random(2, num_tokens, widths[0] + widths[1])[..., widths[0] :]
-            expected = [_plain(joined_swiglu(left, mlp))]
+            expected = [_plain(joined_swiglu(None if left is None else wide(left), wide(mlp)))]
             if name == "joined_swiglu":
                 got = [kernels.joined_swiglu(left, mlp)]
             else:
