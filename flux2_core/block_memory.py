@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable
@@ -112,20 +113,22 @@ class HostBuffer:
         self.bytes = memory[start : start + num_bytes]
         """uint8 ``[num_bytes]``"""
         self._unpin: weakref.finalize[..., HostBuffer] | None = None
+        self._is_refused = False
 
     def pin(self) -> None:
         """Pins the memory where it lies, through the current device, for copies to all of them.
 
-        Where the system refuses, it says so and copies are only slower.
+        Where the system refuses, it says so once, is not asked again, and copies are only slower.
         """
-        if self._unpin is not None or not self.bytes.numel() or not torch.cuda.is_available():
+        if self._unpin is not None or self._is_refused or not self.bytes.numel() or not torch.cuda.is_available():
             return
         address = self.bytes.data_ptr()
         num_bytes = -(-self.bytes.numel() // PAGE_BYTES) * PAGE_BYTES
         cudart: Any = torch.cuda.cudart()
         error = int(cudart.cudaHostRegister(address, num_bytes, REGISTER_PORTABLE))
         if error:
-            logger.warning("%.1f GiB of host memory could not be pinned (CUDA error %d)", num_bytes / 2**30, error)
+            self._is_refused = True
+            _tell_of_refusal(error)
             _clear_cuda_error()
             return
         # This object goes before the memory does, which it holds: nothing is freed while it is pinned.
@@ -149,6 +152,11 @@ def _unregister(address: int, device_index: int) -> None:
         torch.cuda.synchronize()  # a model that is dropped may have ordered copies of the blocks that would come next
         cudart: Any = torch.cuda.cudart()
         cudart.cudaHostUnregister(address)
+
+
+@functools.cache
+def _tell_of_refusal(error: int) -> None:
+    logger.warning("host memory cannot be pinned (CUDA error %d): copies to the device are slower", error)
 
 
 def _clear_cuda_error() -> None:

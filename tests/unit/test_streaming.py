@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
+from flux2_kit.flux2_core import block_memory
 from flux2_kit.flux2_core.block_memory import Transfers, tensor_bytes
 from flux2_kit.flux2_core.checkpoint import save_dit
 from flux2_kit.flux2_core.dit import DiTConfig, Flux2DiT
@@ -653,3 +655,17 @@ def test_the_token_embedding_stays_in_host_memory(random_tiny_files):
     assert there.device.type == "meta" and there.shape == looked_up.shape
     streamer.close()
     assert torch.equal(embedding(torch.tensor([[3, 5]])), looked_up.half()) and "forward" not in embedding.__dict__
+
+
+def test_host_memory_that_cannot_be_pinned_is_told_of_once_and_not_asked_for_again(monkeypatch, caplog):
+    asked = []
+    cudart = SimpleNamespace(cudaHostRegister=lambda *given: (asked.append(given), 2)[1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(block_memory, "_clear_cuda_error", lambda: None)
+    block_memory._tell_of_refusal.cache_clear()
+    buffers = [block_memory.HostBuffer(10), block_memory.HostBuffer(5000)]
+    for buffer in (*buffers, *buffers):
+        buffer.pin()
+    assert [(address % 4096, size) for address, size, _ in asked] == [(0, 4096), (0, 8192)]
+    assert len(caplog.records) == 1 and "CUDA error 2" in caplog.text
