@@ -157,7 +157,9 @@ def _checkpointing_modes(request: MemoryRequest) -> tuple[TrainingMode | None, .
         return (None,)
     if request.checkpointing != "auto":
         return (request.checkpointing,)
-    return ("none", "blocks") if request.variant.name == "tiny" else ("blocks", "offload")
+    # Streamed blocks do not stay on the device for the backward pass.
+    keeps_activations = request.variant.name == "tiny" and not request.needs.num_streamed
+    return ("none", "blocks") if keeps_activations else ("blocks", "offload")
 
 
 def _places(request: MemoryRequest) -> tuple[Place | None, ...]:

@@ -181,6 +181,8 @@ def test_training_needs_checkpointing_to_stream():
         plan(8, None, request(**settings, checkpointing="none"))
     with pytest.raises(ValueError, match="only with checkpointing"):
         request(**settings, checkpointing="none", needs=MemoryNeeds(num_streamed=4))
+    tiny = request("tiny", rank=8, uses_text_encoder=False, uses_autoencoder=False, needs=MemoryNeeds(num_streamed=2))
+    assert plan(None, None, tiny).checkpointing == "blocks"
 
 
 def test_large_pictures_go_in_strips_and_very_large_ones_through_host_memory():
