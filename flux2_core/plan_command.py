@@ -6,12 +6,13 @@ import argparse
 
 from .autoencoder import PIXELS_PER_LATENT
 from .memory import GIB, MemoryNeeds, MemoryPlan, MemoryRequest, in_words, plan_memory
+from .pipeline import check_num_references
 from .variants import get_variant
 
 DEFAULT_BUDGETS = (6.0, 8.0, 10.0, 12.0, 16.0, 24.0, 32.0, 48.0, 80.0)
 REFERENCE_SIDE = 1024
 DEFAULT_RANK = 32
-COLUMNS = ("budget", "precision", "resident", "ring", "text encoder", "autoencoder", "estimate")
+COLUMNS = ("budget", "precision", "resident", "ring", "text encoder", "autoencoder", "reference cache", "estimate")
 TILINGS = {"whole": "at once", "strips": "strips", "host": "host strips"}
 
 
@@ -66,6 +67,7 @@ def plan_request(args: argparse.Namespace) -> MemoryRequest:
     ):
         if number < least:
             raise ValueError(f"--{name} is {number}; give {least} or more")
+    check_num_references(args.references)
     if args.host_memory is not None and not 0 <= args.host_memory < float("inf"):
         raise ValueError(f"--host_memory is {args.host_memory:g}; give a number of GiB, such as 16")
     trains = args.training or args.rank is not None
@@ -95,7 +97,8 @@ def title(request: MemoryRequest) -> str:
     width, height = request.size
     parts = [request.variant.name, f"{width}x{height} px"]
     if request.needs.reference_sizes:
-        parts.append(f"{len(request.needs.reference_sizes)} references")
+        number = len(request.needs.reference_sizes)
+        parts.append(f"{number} references" if number > 1 else "1 reference")
     if request.needs.num_images > 1:
         parts.append(f"batch of {request.needs.num_images}")
     if request.rank is not None:
@@ -106,12 +109,10 @@ def title(request: MemoryRequest) -> str:
 
 
 def columns_of(request: MemoryRequest) -> list[int]:
-    """The columns that say something: text encoder and autoencoder are not used in training."""
-    return [
-        index
-        for index, name in enumerate(COLUMNS)
-        if request.rank is None or name not in ("text encoder", "autoencoder")
-    ]
+    """The columns that say something: training uses neither text encoder nor autoencoder, few variants a cache."""
+    unused = ["text encoder", "autoencoder"] if request.rank is not None else []
+    unused += ["reference cache"] if request.reference_cache == "off" else []
+    return [index for index, name in enumerate(COLUMNS) if name not in unused]
 
 
 def describe_columns(plan: MemoryPlan, request: MemoryRequest) -> tuple[str, ...]:
@@ -132,6 +133,7 @@ def describe_columns(plan: MemoryPlan, request: MemoryRequest) -> tuple[str, ...
         str(dit.ring_size or "-"),
         shown,
         TILINGS[plan.tiling] if request.uses_autoencoder else "-",
+        plan.reference_cache or "-",
         estimate,
     )
 

@@ -242,11 +242,21 @@ def test_the_table(capsys):
     assert "numbers of GiB above 0" in capsys.readouterr().err
 
 
+def test_the_table_tells_where_references_are_cached(capsys):
+    assert main(["plan", "klein-9b-kv", "--references", "3", "--budgets", "8", "48"]) == 0
+    title, names, small, large = capsys.readouterr().out.splitlines()
+    assert title.endswith("3 references") and "  reference cache  " in names
+    assert "  host  " in small and "  device  " in large
+    assert main(["plan", "klein-9b", "--references", "1", "--budgets", "8"]) == 0
+    assert "reference cache" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--image_size", "0", "64"], "--image_size has 0; give 16 pixels or more"),
         (["--references", "-1"], "--references is -1; give 0 or more"),
+        (["--references", "11"], "11 references were given; at most 10"),
         (["--batch_size", "0"], "--batch_size is 0; give 1 or more"),
         (["--rank", "0"], "--rank is 0; give 1 or more"),
         (["--training", "--text_encoder_precision", "fp8"], "leave --text_encoder_precision out"),
