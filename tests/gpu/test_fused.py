@@ -61,6 +61,24 @@ def test_kernels_equal_pytorch(name, widths, dtype, num_tokens):
     assert fused.compare(triton_kernels, name, torch.device("cuda:0"), dtype, widths, num_tokens) <= limit
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("modulated_norm", (160,)),
+        ("joined_swiglu", (160, 486)),
+        ("gated_residual", (4096,)),
+        ("heads", (5, 32, 2)),
+        ("joined_swiglu_rows", (160, 480)),
+    ],
+)
+def test_kernels_run_where_the_tensors_are(name, widths):
+    if name.endswith("rows") and not HAS_FP8:
+        pytest.skip("needs fp8 tensor cores")
+    with torch.cuda.device(0):
+        assert fused.compare(triton_kernels, name, torch.device("cuda:1"), torch.float16, widths) <= 3e-2
+
+
 def build(dtype: torch.dtype, precision: str | None = None) -> Flux2DiT:
     torch.manual_seed(0)
     dit = Flux2DiT(CONFIG).requires_grad_(False)

@@ -150,6 +150,24 @@ def test_from_disk_and_from_memory_that_is_not_pinned(tmp_path, pinned):
     assert torch.equal(sample(dit.to(CUDA)), expected)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_another_device_than_the_current_one():
+    dit = build()
+    expected = sample(copy.deepcopy(dit).to(CUDA)).cpu()
+    streamer = stream_dit(dit, "cuda:1", num_resident=3)
+    free = torch.cuda.mem_get_info(0)[0]
+    inputs = torch.Generator().manual_seed(FEW)
+    tokens = torch.randn(2, FEW * FEW, 128, generator=inputs).to("cuda:1", torch.bfloat16)
+    text = torch.randn(2, 64, 256, generator=inputs).to("cuda:1", torch.bfloat16)
+    ids, words = image_ids(FEW, FEW).to("cuda:1"), text_ids(64).to("cuda:1")
+    with torch.inference_mode(), torch.cuda.device(0):
+        for _ in range(3):
+            result = dit(tokens, ids, text, words, torch.linspace(0.9, 0.3, 2, device="cuda:1"))
+    assert (result.cpu() - expected).norm() < 0.02 * expected.norm()
+    assert torch.cuda.mem_get_info(0)[0] >= free
+    streamer.close()
+
+
 def test_host_buffers_are_pinned_where_they_lie():
     buffer = HostBuffer(3 * 2**20 + 5)
     buffer.bytes.fill_(7)
