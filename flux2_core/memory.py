@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
+from .device_memory import GIB
 from .memory_estimates import TrainingMode
 from .memory_request import (
     AutoencoderPrecision,
@@ -36,7 +37,6 @@ from .memory_request import (
 from .memory_stages import DoesNotFit, Stages, weight_format
 from .reference_memory import Place
 
-GIB = 2**30
 __all__ = [
     "GIB",
     "AutoencoderPrecision",

@@ -19,6 +19,7 @@ from .quantization import FLOAT8_DTYPES, WEIGHT_FORMAT_KEY, has_row_scale
 from .quantized_files import COMFYUI_KEY, PLAIN_DTYPE, FileFormat
 from .tensor_source import TORCH_DTYPES, TensorSource
 from .text_encoder import LanguageModelWeights, build_language_model, language_model_settings, matching_config
+from .tokenizer import MAX_TOKENIZER_BYTES
 from .variants import TextEncoderConfig
 
 PREFIX = "model."
@@ -26,7 +27,6 @@ PREFIX = "model."
 LINEAR = re.compile(r"layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
 TOKENIZER_FILE, TOKENIZER_NAME = "tekken.json", "tekken_model"
 """Mistral's tokenizer: as a file, and the tensor of its bytes that ComfyUI wants."""
-MAX_TOKENIZER_BYTES = 2**26
 
 
 def quantise_text_encoder(

@@ -20,11 +20,10 @@ from .block_memory import lay_out, tensor_bytes
 from .dit import Flux2DiT
 from .reference_cache import reference_caches
 from .reference_store import unchanged_by_moves
-from .streaming import RING_SIZE, BlockStreamer, stream_dit, stream_text_encoder, streamed_indices
+from .streaming import HOST, RING_SIZE, BlockStreamer, stream_dit, stream_text_encoder, streamed_indices
 from .text_encoder import TextEncoder
 
 Network = Flux2DiT | TextEncoder | Flux2Autoencoder
-HOST = torch.device("cpu")
 RAISE_SHARE = 1 / 8
 """Of a network's blocks: only for so many more do blocks come to the device while others stay streamed. Every other
 number of resident blocks is another choice of them, so most of them move."""
