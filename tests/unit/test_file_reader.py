@@ -116,6 +116,14 @@ def test_large_tensors_are_read_by_parts(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+def test_tensors_that_are_read_under_inference_mode_can_be_written_to_outside(tmp_path):
+    path = write_safetensors(tmp_path / "a.safetensors", {"a": torch.ones(3)})
+    with torch.inference_mode():
+        tensor = TensorSource(path, component="dit").get("a")
+    tensor += 1
+    assert tensor.tolist() == [2, 2, 2]
+
+
 def test_mapped_tensors_are_read_ahead_where_they_fit(tmp_path, monkeypatch):
     advice = []
     monkeypatch.setattr(os, "posix_fadvise", lambda _, begin, num_bytes, __: advice.append((begin, num_bytes)))
