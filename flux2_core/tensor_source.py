@@ -164,6 +164,7 @@ class TensorSource:
         """Type of a tensor, None where torch has none to hold it."""
         return TORCH_DTYPES.get(self.table[name].dtype)
 
+    @torch.inference_mode(False)  # `Transfers` writes to no tensor of inference mode
     def get(self, name: str, mapped: bool = False, device: str | torch.device = "cpu") -> Tensor:
         """Reads one tensor as it is stored.
 
@@ -187,8 +188,7 @@ class TensorSource:
         if mapped and device.type == "cpu" and entry.num_bytes and entry.begin % dtype.itemsize == 0:
             return self._map(entry, name)
         is_staged = device.type == "cuda"
-        with torch.inference_mode(False):  # `Transfers` writes to no tensor of inference mode
-            data = torch.empty(entry.num_bytes, dtype=torch.uint8, device=device if is_staged else "cpu")
+        data = torch.empty(entry.num_bytes, dtype=torch.uint8, device=device if is_staged else "cpu")
         try:
             self._reader.fill(entry.file, entry.begin, data, self._transfers_to(device) if is_staged else None)
         except EOFError as error:
