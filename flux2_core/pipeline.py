@@ -280,7 +280,6 @@ def encode_prompt(text_encoder: TextEncoder, prompt: str) -> Tensor:
     return encoding.embeddings
 
 
-@torch.inference_mode()
 def encode_references(
     autoencoder: Flux2Autoencoder,
     references: Sequence[Image.Image],
@@ -296,13 +295,31 @@ def encode_references(
         autoencoder: its config says to which area references are scaled down.
         references: at most ten.
         resize: False keeps their size but for the crop to multiples of 16.
+        tiled, store, known: as in `encode_fitted`.
+    """
+    fitted = fit_references(references, autoencoder.config, resize=resize)
+    return encode_fitted(autoencoder, fitted, tiled=tiled, store=store, known=known)
+
+
+@torch.inference_mode()
+def encode_fitted(
+    autoencoder: Flux2Autoencoder,
+    fitted: Sequence[Image.Image],
+    *,
+    tiled: bool = False,
+    store: torch.device | None = None,
+    known: ReferenceStore | None = None,
+) -> list[Tensor]:
+    """Pictures of `fit_references` to latents ``[1, 128, h_i, w_i]``.
+
+    Args:
         tiled: encode in strips, which takes less memory.
         store: where they are kept between layers; None: where the weights are.
         known: latents of pictures of this autoencoder. What is found there is not encoded, what is not is added; all
             are in host memory then, otherwise where the weights are.
     """
     latents: list[Tensor] = []
-    for picture in fit_references(references, autoencoder.config, resize=resize):
+    for picture in fitted:
         found = known.get(picture, tiled=tiled) if known is not None else None
         if found is None:
             image = image_to_tensor(picture)

@@ -36,7 +36,7 @@ from .memory import (
     plan_memory,
     weight_format,
 )
-from .pipeline import Flux2Pipeline, ModelFiles, SamplingConfig, fit_references
+from .pipeline import Flux2Pipeline, ModelFiles, SamplingConfig, encode_fitted, fit_references
 from .reference_cache import reference_caches
 from .reference_store import ReferenceStore
 from .residency import Residence
@@ -394,7 +394,8 @@ class PlacedPipeline(Flux2Pipeline):
         def work() -> list[Tensor]:
             self._use("autoencoder")
             is_tiled, where = self._strips(tiled, store)
-            return Flux2Pipeline.encode_references(self, references, resize=resize, tiled=is_tiled, store=where)
+            known = self.known_references()
+            return encode_fitted(self.autoencoder, fitted, tiled=is_tiled, store=where, known=known)
 
         return self._retry(work, self._lower_autoencoder())
 

@@ -19,8 +19,8 @@ from ..flux2_core.pipeline import (
     MAX_REFERENCES,
     SamplingConfig,
     check_num_references,
+    encode_fitted,
     encode_prompt,
-    encode_references,
     fit_references,
 )
 from ..flux2_core.reference_store import reference_store
@@ -66,7 +66,7 @@ class References:
             return found  # the autoencoder need not even be on the device
         sizes = [picture.size for picture in fitted]
         patchers.use(autoencoder, patchers.picture_bytes(autoencoder, sizes, decodes=False, tiled=self.tiled))
-        encode = partial(encode_references, autoencoder, self.pictures, resize=self.resize, known=known)
+        encode = partial(encode_fitted, autoencoder, fitted, known=known)
         return in_strips_where_needed(encode, tiled=self.tiled)
 
 

@@ -164,7 +164,7 @@ TURNS, STRIPS = "networks leave it for each other", "pictures are encoded and de
         ("sample_latents", 1, TURNS),
         ("sample_latents", 2, "3 of 6 blocks stay on it, not 6"),
         ("encode_prompt", 2, "all layers of the text encoder are streamed"),
-        ("encode_references", 1, STRIPS),
+        ("encode_fitted", 1, STRIPS),
         ("decode_latents", 2, "keeps strips in host memory"),
     ],
 )
@@ -173,7 +173,10 @@ def test_running_out_of_memory_leaves_less_on_the_device(
 ):
     pipeline = load(random_tiny_files)
     pipeline.lowers = True
-    monkeypatch.setattr(pipeline_module, step, OutOfMemory(getattr(pipeline_module, step), num_failures))
+    failing = OutOfMemory(getattr(pipeline_module, step), num_failures)
+    for module in (pipeline_module, placement):
+        if hasattr(module, step):
+            monkeypatch.setattr(module, step, failing)
     result = picture(pipeline)
     images = [torch.frombuffer(bytearray(pixels), dtype=torch.uint8).int() for pixels in (result, expected)]
     assert (images[0] - images[1]).abs().max() <= 1
