@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .block_memory import Arrival, Event, HostBuffer, Member, StreamedBlock, Transfers, check_frozen, lay_out, on_device
 from .file_reader import FileReader
 from .state_dict import COMFYUI_DIT_PREFIX
-from .tensor_source import TensorEntry, TensorSource
+from .tensor_source import TensorEntry, TensorSource, spread_samples
 from .text_encoder import PREFIXES as TEXT_ENCODER_PREFIXES
 
 NUM_BUFFERS = 2
@@ -85,7 +85,7 @@ class DiskReader:
     def read_samples(self, entry: TensorEntry) -> bytes:
         """Parts of a tensor; see `SAMPLES`."""
         parts = []
-        for start, stop in _sample_ranges(entry.num_bytes):
+        for start, stop in spread_samples(entry.num_bytes, SAMPLES, SAMPLE_BYTES):
             part = torch.empty(stop - start, dtype=torch.uint8)
             self._fill(part, entry, start)
             parts.append(part.numpy().tobytes())
@@ -205,15 +205,8 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 
 def _samples(flat: Tensor) -> bytes:
-    parts = [flat[start:stop].cpu() for start, stop in _sample_ranges(flat.numel())]
+    parts = [flat[start:stop].cpu() for start, stop in spread_samples(flat.numel(), SAMPLES, SAMPLE_BYTES)]
     return torch.cat(parts).numpy().tobytes() if parts else b""
-
-
-def _sample_ranges(num_bytes: int) -> list[tuple[int, int]]:
-    if num_bytes <= SAMPLES * SAMPLE_BYTES:
-        return [(0, num_bytes)]
-    last = num_bytes - SAMPLE_BYTES
-    return [(start, start + SAMPLE_BYTES) for start in (i * last // (SAMPLES - 1) for i in range(SAMPLES))]
 
 
 def _identity(path: Path) -> tuple[int, ...]:

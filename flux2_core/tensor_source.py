@@ -369,3 +369,11 @@ def _read_index(path: Path) -> dict[str, str]:
                 f"{path} names the file {str(name)[:200]!r}; an index may name only .safetensors files of its folder"
             )
     return weight_map
+
+
+def spread_samples(num_bytes: int, num_samples: int, sample_bytes: int) -> list[tuple[int, int]]:
+    """Begin and end of stretches spread evenly over a tensor, its beginning and end among them; all of a small one."""
+    if num_bytes <= num_samples * sample_bytes:
+        return [(0, num_bytes)]
+    starts = [(num_bytes - sample_bytes) * index // (num_samples - 1) for index in range(num_samples)]
+    return [(start, start + sample_bytes) for start in starts]

@@ -20,7 +20,7 @@ from ..flux2_core.checkpoint import autoencoder_config
 from ..flux2_core.detect import component_steps, describe_other, detect
 from ..flux2_core.files import read_json_object
 from ..flux2_core.quantization import FLOAT8_DTYPES, FLOAT_DTYPES, split_quantisation
-from ..flux2_core.tensor_source import TORCH_DTYPES, TensorEntry, TensorSource
+from ..flux2_core.tensor_source import TORCH_DTYPES, TensorEntry, TensorSource, spread_samples
 from ..flux2_core.tokenizer import PromptTokenizer, find_tokenizer
 from ..flux2_core.variants import TextEncoderConfig
 from ..flux2_core.weights import WeightsComponent
@@ -238,18 +238,11 @@ def _fingerprint(parts: dict[str, TensorEntry], settings: object) -> str:
         files = {path: stack.enter_context(path.open("rb")) for path in {entry.file for entry in parts.values()}}
         for name, entry in sorted(parts.items()):
             digest.update(f"\n{name} {entry.dtype} {entry.num_bytes}\n".encode())
-            for begin, end in [(0, entry.num_bytes)] if whole else _sample_ranges(entry.num_bytes):
+            sampled = spread_samples(entry.num_bytes, NUM_SAMPLES, SAMPLE_BYTES)
+            for begin, end in [(0, entry.num_bytes)] if whole else sampled:
                 files[entry.file].seek(entry.begin + begin)
                 digest.update(files[entry.file].read(end - begin))
     return digest.hexdigest()[:32]
-
-
-def _sample_ranges(num_bytes: int) -> list[tuple[int, int]]:
-    """`NUM_SAMPLES` stretches spread evenly over a tensor, its beginning and end among them."""
-    if num_bytes <= NUM_SAMPLES * SAMPLE_BYTES:
-        return [(0, num_bytes)]
-    starts = [(num_bytes - SAMPLE_BYTES) * index // (NUM_SAMPLES - 1) for index in range(NUM_SAMPLES)]
-    return [(start, start + SAMPLE_BYTES) for start in starts]
 
 
 def _common_dtype(entries: Iterable[TensorEntry]) -> torch.dtype:
