@@ -60,17 +60,18 @@ def plan_request(args: argparse.Namespace) -> MemoryRequest:
     side = min(args.image_size or (PIXELS_PER_LATENT,))
     if side < PIXELS_PER_LATENT:
         raise ValueError(f"--image_size has {side}; give {PIXELS_PER_LATENT} pixels or more for both sides")
+    trains = args.training or args.rank is not None
+    rank = DEFAULT_RANK if args.rank is None else args.rank
     for name, number, least in (
         ("references", args.references, 0),
         ("batch_size", args.batch_size, 1),
-        ("rank", DEFAULT_RANK if args.rank is None else args.rank, 1),
+        ("rank", rank, 1),
     ):
         if number < least:
             raise ValueError(f"--{name} is {number}; give {least} or more")
     check_num_references(args.references)
     if args.host_memory is not None and not 0 <= args.host_memory < float("inf"):
         raise ValueError(f"--host_memory is {args.host_memory:g}; give a number of GiB, such as 16")
-    trains = args.training or args.rank is not None
     if trains and args.text_encoder_precision is not None:
         raise ValueError(
             "training works on cached captions, without a text encoder; leave --text_encoder_precision out"
@@ -86,7 +87,7 @@ def plan_request(args: argparse.Namespace) -> MemoryRequest:
             num_images=args.batch_size,
             uses_cfg=None if args.guidance_scale is None else args.guidance_scale != 1,
         ),
-        rank=(DEFAULT_RANK if args.rank is None else args.rank) if trains else None,
+        rank=rank if trains else None,
         uses_text_encoder=not trains,
         uses_autoencoder=not trains,
     )

@@ -18,7 +18,7 @@ from . import host
 from .loaders import LoadedDiT
 from .native_encoders import BridgedCLIP, BridgedVAE
 from .native_model import to_model
-from .sampling import MAX_SIDE, sampling_config, variant_values, widget_value
+from .sampling import MAX_SIDE, flow_shift_widget, sampling_config, variant_values, widget_value
 
 
 class ToModel:
@@ -164,17 +164,7 @@ def schedule_widgets() -> dict[str, Any]:
                 "tooltip": f"Steps of the sampler: the noise schedule follows them. {variant_values('num_steps')}",
             },
         ),
-        "flow_shift": (
-            "FLOAT",
-            {
-                "default": widget_value(SamplingConfig.flow_shift),
-                "min": 0.0,
-                "max": 100.0,
-                "step": 0.01,
-                "tooltip": "Shift of the noise schedule: a larger one spends more steps on composition. 0: what "
-                "follows from size and steps, as in the reference implementation.",
-            },
-        ),
+        "flow_shift": flow_shift_widget(),
     }
 
 

@@ -17,9 +17,10 @@ from ..flux2_core.autoencoder import PIXELS_PER_LATENT, Flux2Autoencoder
 from ..flux2_core.autoencoder_memory import decoding_bytes, encoding_bytes, host_strip_bytes
 from ..flux2_core.latents import NUM_LATENT_CHANNELS
 from ..flux2_core.pipeline import check_latents, encode_prompt
+from ..flux2_core.streaming import HOST
 from ..flux2_core.text_encoder import TextEncoder
 from . import host, patchers
-from .strips import HOST, first_that_fits
+from .strips import first_that_fits
 
 
 class BridgedVAE:

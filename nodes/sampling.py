@@ -89,17 +89,7 @@ class Sample:
                         f"FluxGuidance node, else the variant's own ({_values('guidance')}).",
                     },
                 ),
-                "flow_shift": (
-                    "FLOAT",
-                    {
-                        "default": widget_value(SamplingConfig.flow_shift),
-                        "min": 0.0,
-                        "max": 100.0,
-                        "step": 0.01,
-                        "tooltip": "Shift of the noise schedule: a larger one spends more steps on composition. 0: "
-                        "what follows from size and steps, as in the reference implementation.",
-                    },
-                ),
+                "flow_shift": flow_shift_widget(),
                 "seed": (
                     "INT",
                     {
@@ -246,6 +236,21 @@ class Decode:
         patchers.use(ae, patchers.picture_bytes(ae, sizes, decodes=True, tiled=tiling))
         pictures = in_strips_where_needed(partial(decode_latents, ae, latents), tiled=tiling)
         return (torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).float() / 255,)
+
+
+def flow_shift_widget() -> tuple[str, dict[str, Any]]:
+    """The widget for the shift of the noise schedule."""
+    return (
+        "FLOAT",
+        {
+            "default": widget_value(SamplingConfig.flow_shift),
+            "min": 0.0,
+            "max": 100.0,
+            "step": 0.01,
+            "tooltip": "Shift of the noise schedule: a larger one spends more steps on composition. 0: what follows "
+            "from size and steps, as in the reference implementation.",
+        },
+    )
 
 
 def widget_value(default: Any) -> Any:

@@ -7,15 +7,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
-
 from ..flux2_core.command_errors import is_out_of_memory
+from ..flux2_core.streaming import HOST
 from . import host
 
 logger = logging.getLogger(__name__)
 
-HOST = torch.device("cpu")
-"""Where whole tensors go when strips alone do not help."""
 WAYS: tuple[dict[str, Any], ...] = ({"tiled": False}, {"tiled": True}, {"tiled": True, "store": HOST})
 ENCODE_TOOLTIP = "Encode in strips: the same latents in less memory. It happens by itself where memory runs out."
 DECODE_TOOLTIP = "Decode in strips: the same picture in less memory. It happens by itself where memory runs out."
