@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from .autoencoder import PIXELS_PER_LATENT
 from .memory import GIB, MemoryNeeds, MemoryPlan, MemoryRequest, in_words, plan_memory
-from .pipeline import check_num_references
+from .pipeline import SamplingConfig, check_num_references
 from .variants import get_variant
 
 DEFAULT_BUDGETS = (6.0, 8.0, 10.0, 12.0, 16.0, 24.0, 32.0, 48.0, 80.0)
@@ -57,9 +56,7 @@ def plan_request(args: argparse.Namespace) -> MemoryRequest:
         ValueError: a number that cannot be.
     """
     height, width = args.image_size or (None, None)
-    side = min(args.image_size or (PIXELS_PER_LATENT,))
-    if side < PIXELS_PER_LATENT:
-        raise ValueError(f"--image_size has {side}; give {PIXELS_PER_LATENT} pixels or more for both sides")
+    SamplingConfig(width=width, height=height, cfg_scale=args.guidance_scale)  # refuses what generate would
     trains = args.training or args.rank is not None
     rank = DEFAULT_RANK if args.rank is None else args.rank
     for name, number, least in (

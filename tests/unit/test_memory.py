@@ -254,7 +254,9 @@ def test_the_table_tells_where_references_are_cached(capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--image_size", "0", "64"], "--image_size has 0; give 16 pixels or more"),
+        (["--image_size", "0", "64"], "the height is 0 px; it must be a multiple of 16 and at least 64"),
+        (["--image_size", "1024", "1001"], "the width is 1001 px; it must be a multiple of 16"),
+        (["--guidance_scale", "nan"], "cfg_scale is nan; it must be a finite number"),
         (["--references", "-1"], "--references is -1; give 0 or more"),
         (["--references", "11"], "11 references were given; at most 10"),
         (["--batch_size", "0"], "--batch_size is 0; give 1 or more"),
