@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -24,3 +26,14 @@ def choose_device(name: str | None) -> torch.device:
     if device.type == "meta":
         raise ValueError("--device is 'meta', which holds no values; give cpu, cuda or cuda:N")
     return device
+
+
+def models_folder(path: str | None) -> Path | None:
+    """The folder of ``--models_dir``.
+
+    Raises:
+        ValueError: it is no folder.
+    """
+    if path is not None and not Path(path).is_dir():
+        raise ValueError(f"--models_dir {path} is no folder; give ComfyUI's models folder")
+    return Path(path) if path is not None else None

@@ -1,4 +1,4 @@
-"""``flux2 generate``: prompts, prompt files, an interactive session and saved latents to files on disk."""
+"""``flux2 generate``: prompts, prompt files and an interactive session to files on disk."""
 
 from __future__ import annotations
 
@@ -7,43 +7,39 @@ import contextlib
 import logging
 import secrets
 import sys
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from .acceleration_options import read_acceleration_options
-from .autoencoder import Flux2Autoencoder
 from .command_errors import describe_error, is_out_of_memory
-from .command_options import DTYPES, choose_device
+from .command_options import DTYPES, choose_device, models_folder
 from .detect import resolve_variant
 from .file_stems import claim_stem
 from .files import write_safetensors
 from .images import load_image, reference_size
-from .latents import NUM_LATENT_CHANNELS
+from .latent_command import decode_files
 from .launch import Launch, join_launch
 from .lora import LoraSetting
 from .lora_command import check_lora_options, read_lora_settings, save_merged
 from .memory import MemoryNeeds
-from .memory_options import autoencoder_dtype, read_memory_options
-from .picture_metadata import GenerationRecord, make_record, parse_record, write_png
+from .memory_options import read_memory_options
+from .picture_metadata import GenerationRecord, make_record
+from .picture_output import prepare_folder, write_pictures
 from .pipeline import (
     Flux2Pipeline,
     ModelFiles,
     SamplingConfig,
     check_num_references,
-    decode_latents,
     find_model_files,
     load_pipeline,
 )
-from .placement import place_autoencoder
 from .prompt_lines import PromptLine, parse_prompt_line, prompt_lines
 from .sampling import DenoiseStep
 from .tensor_source import TensorSource
@@ -56,14 +52,6 @@ RANDOM_SEEDS = 2**32
 """Random seeds are drawn below this: short enough to be copied by hand."""
 MAX_KEPT_EMBEDDINGS = 32
 """Text embeddings kept for prompts that come again; one of dev takes 15 MB."""
-NOT_FOR_LATENTS = (
-    "negative_prompt", "control_image_path", "no_resize_control", "reference_cache", "image_size", "infer_steps",
-    "guidance_scale", "embedded_cfg_scale", "flow_shift", "seed", "num_images", "image_path", "strength", "lora_weight",
-    "lora_multiplier", "include_patterns", "exclude_patterns", "allow_unmatched", "save_merged_model", "attention",
-    "attn_mode", "compile", "dtype", "precision", "text_encoder_precision", "vram_budget", "blocks_to_swap",
-    "fp8_scaled", "fp8", "fp8_text_encoder",
-)  # fmt: skip
-"""Options of sampling and of its networks; latents that are only decoded were sampled already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +100,7 @@ def generate(args: argparse.Namespace, launch: Launch) -> int:
         dit=args.dit,
         autoencoder=args.vae,
         text_encoder=args.text_encoder,
-        models_dir=_folder_option(args.models_dir),
+        models_dir=models_folder(args.models_dir),
     )
     jobs, num_bad = read_jobs(args, files.variant, tells=launch.is_main)
     loras = read_lora_settings(args, files.variant.dit)
@@ -159,7 +147,7 @@ def save_merged_model(args: argparse.Namespace) -> int:
         ValueError: there is no LoRA, or it does not fit; nothing is written.
     """
     variant = find_variant(args)
-    dit = find_weights(variant, "dit", Path(args.dit) if args.dit else None, _folder_option(args.models_dir))
+    dit = find_weights(variant, "dit", Path(args.dit) if args.dit else None, models_folder(args.models_dir))
     save_merged(args, dit=dit, variant=variant.name, out_path=args.save_merged_model)
     if args.prompt is not None or args.from_file or args.interactive:
         logger.info("--save_merged_model makes no pictures; leave it out to make them")
@@ -319,24 +307,6 @@ def find_variant(args: argparse.Namespace) -> Variant:
     return get_variant(name)
 
 
-def prepare_folder(path: str) -> Path:
-    """Makes the output folder and tries to write into it.
-
-    Raises:
-        ValueError: it cannot be made or written into.
-    """
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"--save_path {folder} cannot be written into ({error.strerror}); give a folder of yours"
-        ) from error
-    return folder
-
-
 class Session:
     """Loaded networks, and the text embeddings of the prompts so far."""
 
@@ -419,7 +389,8 @@ class Session:
                 report(write_safetensors(self.folder / f"{stem}_latent.safetensors", {"latent": latents}, metadata))
             if self.args.output_type != "latent":
                 images = pipeline.decode(latents, tiled=sampling.tile_autoencoder)
-                write_pictures(self.folder, stem, images, None if self.args.no_metadata else record)
+                for path in write_pictures(self.folder, stem, images, None if self.args.no_metadata else record):
+                    report(path)
 
     def embedding(self, prompt: str) -> Tensor:
         """The text embedding of a prompt, kept for the next time."""
@@ -483,61 +454,6 @@ def _typed_lines() -> Iterator[str]:
             yield text
 
 
-def decode_files(args: argparse.Namespace, device: torch.device) -> int:
-    """``--latent_path``: saved latents to pictures; loads autoencoders only.
-
-    Raises:
-        ValueError: options that belong to sampling, or a file that holds no latents.
-    """
-    given = [name for name in NOT_FOR_LATENTS if getattr(args, name) not in (None, False)]
-    if args.output_type != "images":
-        given.append("output_type")
-    if given:
-        raise ValueError(f"--{given[0]} has no effect on saved latents, which are only decoded; leave it out")
-    sources = [(Path(path), *read_latents(Path(path))) for path in args.latent_path]
-    autoencoders = [find_autoencoder(args, path, record) for path, _, record in sources]
-    folder = prepare_folder(args.save_path)
-    loaded: dict[Path, Flux2Autoencoder] = {}
-    for (path, latents, record), weights in zip(sources, autoencoders, strict=True):
-        if weights not in loaded:
-            loaded = {weights: place_autoencoder(weights, device, autoencoder_dtype(args))}  # one at a time
-        images = decode_latents(loaded[weights], latents, tiled=args.vae_tiling)
-        kept = replace(record, autoencoder=weights.name) if record and not args.no_metadata else None
-        with claim_stem(folder, str(record.seed) if record else path.stem.removesuffix("_latent")) as stem:
-            write_pictures(folder, stem, images, kept)
-    return 0
-
-
-def read_latents(path: Path) -> tuple[Tensor, GenerationRecord | None]:
-    """Latents ``[B, 128, h, w]``, fp32, and how they were made, from a file of ours or of musubi-tuner.
-
-    Raises:
-        ValueError: no such file, or one that holds something else.
-    """
-    source = TensorSource(path)
-    shape = source.table["latent"].shape if "latent" in source.table else None
-    if shape is None or len(shape) not in (3, 4) or shape[-3] != NUM_LATENT_CHANNELS or 0 in shape:
-        found = "no tensor 'latent'" if shape is None else f"a latent of shape {list(shape)}"
-        raise ValueError(
-            f"{path} holds {found}; saved latents are [B, {NUM_LATENT_CHANNELS}, H/16, W/16]. Make them with "
-            "--output_type latent"
-        )
-    latents = source.get("latent").float()
-    if not torch.isfinite(latents).all():
-        raise ValueError(f"{path} holds values that are not finite; make the latents again")
-    return latents[None] if latents.dim() == 3 else latents, parse_record(source.metadata)
-
-
-def find_autoencoder(args: argparse.Namespace, path: Path, record: GenerationRecord | None) -> Path:
-    """The autoencoder for a latent file: as given, else that of the variant that is named or recorded."""
-    recorded = record.variant if record and record.variant in VARIANTS else None
-    name = args.model_version if args.model_version not in (None, "auto") else recorded
-    if name is None and not args.vae:
-        raise ValueError(f"{path} does not tell which model it is of; give --vae or --model_version")
-    variant = get_variant(name or "tiny")
-    return find_weights(variant, "autoencoder", Path(args.vae) if args.vae else None, _folder_option(args.models_dir))
-
-
 def describe_job(variant: Variant, sampling: SamplingConfig) -> str:
     """One line with what decides the picture; the seed is always in it."""
     parts = [f"{variant.name}", f"{sampling.width}x{sampling.height} px", f"{sampling.num_steps} steps"]
@@ -569,22 +485,9 @@ def show_step(bar: tqdm, step: DenoiseStep) -> None:
     bar.update(step.index - bar.n)
 
 
-def write_pictures(folder: Path, stem: str, images: list[Image.Image], record: GenerationRecord | None) -> None:
-    """Writes PNG files, each whole or not at all; several get their index behind the name."""
-    for index, image in enumerate(images):
-        path = folder / (f"{stem}_{index}.png" if len(images) > 1 else f"{stem}.png")
-        report(write_png(path, image, replace(record, image_index=index) if record is not None else None))
-
-
 def report(path: Path) -> None:
     """Tells what was written, one path a line on stdout, for people and scripts."""
     print(path, flush=True)
-
-
-def _folder_option(path: str | None) -> Path | None:
-    if path is not None and not Path(path).is_dir():
-        raise ValueError(f"--models_dir {path} is no folder; give ComfyUI's models folder")
-    return Path(path) if path is not None else None
 
 
 def _first(*values: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..flux2_core.command_options import DTYPES, choose_device
+from ..flux2_core.command_options import DTYPES, choose_device, models_folder
 from ..flux2_core.detect import describe_other, detect
 from ..flux2_core.memory_options import LONG_DTYPES
 from ..flux2_core.tensor_source import TensorSource
@@ -97,9 +97,7 @@ def find_variant(args: argparse.Namespace) -> Variant | None:
         ValueError: it is unknown, or nothing tells it.
     """
     name, vae, text_encoder = args.model_version, getattr(args, "vae", None), getattr(args, "text_encoder", None)
-    if args.models_dir is not None and not Path(args.models_dir).is_dir():
-        raise ValueError(f"--models_dir {args.models_dir} is no folder; give ComfyUI's models folder")
-    if args.models_dir is not None and name in (None, "tiny"):
+    if models_folder(args.models_dir) is not None and name in (None, "tiny"):
         raise ValueError(
             "--models_dir was given, but tiny comes with the package; name the variant to look for with --model_version"
         )
@@ -157,8 +155,7 @@ def _tell(report: CacheReport, processes: Processes) -> None:
 
 def _find(args: argparse.Namespace, variant: Variant | None, component: WeightsComponent, given: str | None) -> Path:
     explicit = None if given is None else Path(given)
-    models_dir = None if args.models_dir is None else Path(args.models_dir)
-    return find_weights(variant or get_variant("tiny"), component, explicit, models_dir)
+    return find_weights(variant or get_variant("tiny"), component, explicit, models_folder(args.models_dir))
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
