@@ -30,14 +30,13 @@ from .lora import LoraSetting
 from .lora_command import check_lora_options, read_lora_settings, save_merged
 from .memory import MemoryNeeds
 from .memory_options import read_memory_options
+from .model_files import ModelFiles, find_model_files
 from .picture_metadata import GenerationRecord, make_record
 from .picture_output import prepare_folder, write_pictures
 from .pipeline import (
     Flux2Pipeline,
-    ModelFiles,
     SamplingConfig,
     check_num_references,
-    find_model_files,
     load_pipeline,
 )
 from .prompt_lines import PromptLine, parse_prompt_line, prompt_lines

@@ -36,7 +36,8 @@ from .memory import (
     plan_memory,
     weight_format,
 )
-from .pipeline import Flux2Pipeline, ModelFiles, SamplingConfig, encode_fitted, fit_references
+from .model_files import ModelFiles
+from .pipeline import Flux2Pipeline, SamplingConfig, encode_fitted, fit_references
 from .reference_cache import reference_caches
 from .reference_store import ReferenceStore
 from .residency import Residence
