@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,17 +60,14 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     The temporary file keeps the suffix of ``path``, since some writers choose the format by it.
     """
     path = Path(path)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(4)}{path.suffix}")
+    # Not by `tempfile`: its files are private, and the user's usual mode can only be asked for by changing it, which
+    # two threads must not do at a time.
+    temporary.open("xb").close()
     try:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        if os.name == "posix":
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(0o666 & ~mask)  # mkstemp makes files private; ours get the user's usual mode
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

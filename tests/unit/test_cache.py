@@ -678,12 +678,11 @@ def test_a_read_only_folder(folder, monkeypatch):
     dataset = listing(folder)
     cache = folder / "flux2_cache"
     if os.geteuid() == 0:  # nothing is forbidden to root: the system's answer is played
-        import tempfile
 
-        def refuse(*_, **settings):
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(settings["dir"]))
+        def refuse(path, _target):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-        monkeypatch.setattr(tempfile, "mkstemp", refuse)
+        monkeypatch.setattr(Path, "replace", refuse)
     else:
         cache.mkdir()
         cache.chmod(0o555)

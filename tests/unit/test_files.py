@@ -99,6 +99,12 @@ def test_files_get_the_mode_that_the_user_set(tmp_path, mask, mode):
     assert stat.S_IMODE((tmp_path / "note.txt").stat().st_mode) == mode
 
 
+def test_the_mode_of_the_process_is_not_touched(tmp_path, monkeypatch):
+    """Between two calls of umask, another thread would make files of a mode that nobody asked for."""
+    monkeypatch.delattr(os, "umask")
+    write_text(tmp_path / "note.txt", "text")
+
+
 def test_tensors_and_metadata_come_back(tmp_path):
     tensors = {
         "a": torch.randn(2, 3).T,
