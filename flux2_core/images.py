@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from .autoencoder import PIXELS_PER_LATENT
@@ -21,33 +25,90 @@ MAX_FILE_PIXELS = 12_288 * 12_288
 """A picture file that claims more is refused before it is decoded (Pillow refuses from 1.2 times this on by itself)."""
 
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Reads a picture as RGB: EXIF orientation applied, transparency composited on white.
+PICTURE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "AVIF", "GIF", "TIFF", "JPEG2000", "PPM")
+"""What is read, whatever a file's name ends in. Pillow knows more, and for one of them it starts Ghostscript."""
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a picture of an EXIF orientation upright; from 5 on width and height change places."""
+
+
+@contextmanager
+def open_picture(path: str | os.PathLike[str], what: str | None = None) -> Iterator[Image.Image]:
+    """Opens a picture file: its header at once, its pixels when they are asked for inside of the ``with``.
+
+    Args:
+        path: of the file.
+        what: it is, for messages; None: the path.
 
     Raises:
         ValueError: the file is missing, no picture, damaged, or larger than `MAX_FILE_PIXELS`.
     """
     path = Path(path)
+    what = what or str(path)
     if not path.is_file():
         raise ValueError(f"no picture at {path}; check the path")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_formats()) as image:
             if image.width * image.height > MAX_FILE_PIXELS:
                 raise ValueError(
-                    f"{path} claims {image.width}x{image.height} px; at most {MAX_FILE_PIXELS} px are read. "
+                    f"{what} claims {image.width}x{image.height} px; at most {MAX_FILE_PIXELS} px are read. "
                     "Scale it down."
                 )
-            image.load()
-            return to_rgb(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            yield image
+    except (OSError, SyntaxError, RuntimeError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"{path} cannot be read as a picture ({error}); give a whole PNG, JPEG or WebP file"
+            f"{what} cannot be read as a picture ({error}); give a whole PNG, JPEG or WebP file"
         ) from error
+
+
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Reads a picture as RGB: EXIF orientation applied, transparency composited on white.
+
+    Raises:
+        ValueError: as `open_picture`.
+    """
+    with open_picture(path) as image:
+        image.load()
+        return to_rgb(image)
+
+
+def read_picture_size(path: str | os.PathLike[str], what: str | None = None) -> tuple[int, int]:
+    """Width and height in pixels, EXIF orientation applied, from the header alone where that tells both.
+
+    Raises:
+        ValueError: as `open_picture`, which also explains ``what``.
+    """
+    with open_picture(path, what) as image:
+        # Pillow's PNG reader decodes the picture to look for EXIF behind it; few files have it there.
+        is_told_in_header = image.format != "PNG" or "exif" in image.info or _png_has_late_text(Path(path))
+        exif = image.getexif() if is_told_in_header else Image.Image.getexif(image)
+        width, height = image.size
+    return (height, width) if _orientation(exif) >= 5 else (width, height)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture with its EXIF orientation applied, and no longer told.
+
+    `PIL.ImageOps.exif_transpose` does the same, but writes the EXIF anew, which fails for some cameras' pictures.
+    """
+    turn = UPRIGHT.get(_orientation(image.getexif()))
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.info = {key: value for key, value in turned.info.items() if key == "transparency"}
+    return turned
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL picture as 8-bit RGB: EXIF orientation applied, 16-bit grey scaled, transparency composited on white."""
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         # 16-bit files keep their full range; Pillow opens some of them as "I", which may hold 8-bit levels as well.
@@ -61,6 +122,33 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """`PICTURE_FORMATS` as far as this Pillow has them."""
+    Image.init()
+    return tuple(name for name in PICTURE_FORMATS if name in Image.OPEN)
+
+
+def _orientation(exif: Image.Exif) -> int:
+    orientation = exif.get(ExifTags.Base.Orientation)
+    return orientation if orientation in UPRIGHT else 1
+
+
+def _png_has_late_text(path: Path) -> bool:
+    """Whether a PNG has chunks behind its pixels that may hold EXIF or XMP."""
+    with path.open("rb") as file:
+        position, behind_pixels = 8, False
+        while True:
+            file.seek(position)
+            head = file.read(8)
+            if len(head) < 8 or head[4:] == b"IEND":
+                return False
+            behind_pixels |= head[4:] == b"IDAT"
+            if behind_pixels and head[4:] in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                return True
+            position += 12 + int.from_bytes(head[:4], "big")
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..flux2_core.autoencoder import PIXELS_PER_LATENT
-from ..flux2_core.images import MIN_SIDE, fit_reference, reference_size, to_rgb
+from ..flux2_core.images import MIN_SIDE, fit_reference, reference_size, to_rgb, upright
 from .dataset_config import SubsetConfig
 
 MAX_BUCKET_ASPECT = 4
@@ -87,7 +87,7 @@ def fit_target(image: Image.Image, bucket: tuple[int, int]) -> Image.Image:
 
 def fit_mask(mask: Image.Image, bucket: tuple[int, int]) -> Image.Image:
     """A loss mask in 8-bit grey with the geometry of `fit_target`; transparent parts count as black: not trained."""
-    mask = ImageOps.exif_transpose(mask)
+    mask = upright(mask)
     if "A" in mask.getbands() or "a" in mask.getbands() or "transparency" in mask.info:
         mask = mask.convert("RGBA")
         mask = Image.alpha_composite(Image.new("RGBA", mask.size, (0, 0, 0, 255)), mask)

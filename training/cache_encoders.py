@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ..flux2_core.autoencoder import PIXELS_PER_LATENT, Flux2Autoencoder
 from ..flux2_core.checkpoint import load_autoencoder
 from ..flux2_core.command_errors import is_out_of_memory
-from ..flux2_core.images import MAX_FILE_PIXELS, image_to_tensor, load_image
+from ..flux2_core.images import image_to_tensor, open_picture
 from ..flux2_core.text_encoder import TextEncoder, load_text_encoder
 from ..flux2_core.variants import TextEncoderConfig
 from .cache_plan import PictureFile
@@ -201,11 +201,12 @@ def prepare_picture(file: PictureFile) -> Tensor:
     Raises:
         ValueError: it cannot be read, or changed since the dataset was listed.
     """
-    image = _load_mask(file.source) if file.kind == "mask" else load_image(file.source)
-    try:
-        fitted = file.fit(image)
-    except ValueError as error:
-        raise ValueError(f"{file.source}: {error}") from error
+    with open_picture(file.source) as image:
+        image.load()
+        try:
+            fitted = file.fit(image)
+        except ValueError as error:
+            raise ValueError(f"{file.source}: {error}") from error
     if file.mirrored:
         fitted = fitted.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     height, width = (side * PIXELS_PER_LATENT for side in file.shape[-2:])
@@ -215,19 +216,3 @@ def prepare_picture(file: PictureFile) -> Tensor:
         return image_to_tensor(fitted)
     weights = image_to_tensor(fitted)[:, :1] / 2 + 0.5
     return F.avg_pool2d(weights, PIXELS_PER_LATENT)[0, 0].clamp(0, 1)
-
-
-def _load_mask(path: Path) -> Image.Image:
-    """A mask as its file has it: transparency means something else than in a picture.
-
-    Raises:
-        ValueError: as in `load_image`.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_FILE_PIXELS:
-                raise ValueError(f"{path} claims {image.width}x{image.height} px; at most {MAX_FILE_PIXELS} are read")
-            image.load()
-            return image.copy()
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a mask ({error}); give a whole PNG, JPEG or WebP file") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from ..flux2_core.autoencoder import AutoencoderConfig
-from ..flux2_core.images import load_image, to_rgb
+from ..flux2_core.images import load_image, open_picture, to_rgb
 from .buckets import cover_scale, fit_control, fit_mask, fit_target
 from .dataset import Dataset, DatasetItem
 
@@ -113,8 +113,7 @@ def _draw_item(dataset: Dataset, item: DatasetItem, reference_sides: tuple[int, 
         )
         parts.append((_thumbnail(fitted), f"image {number}"))
     if item.mask is not None:
-        load_image(item.mask)  # refuses what is damaged or too large with its name
-        with Image.open(item.mask) as mask:
+        with open_picture(item.mask) as mask:
             parts.append((_thumbnail(to_rgb(fit_mask(mask, item.bucket))), "mask"))
     height = max(part.height for part, _ in parts)
     width = sum(part.width for part, _ in parts) + GAP // 2 * (len(parts) - 1)

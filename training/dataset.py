@@ -14,10 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from PIL import ExifTags, Image, UnidentifiedImageError
-
 from ..flux2_core.files import read_limited
-from ..flux2_core.images import MAX_ASPECT, MAX_FILE_PIXELS, MIN_SIDE, reference_size
+from ..flux2_core.images import MAX_ASPECT, MIN_SIDE, read_picture_size, reference_size
 from ..flux2_core.pipeline import check_num_references
 from .buckets import choose_bucket
 from .dataset_config import DatasetConfig, SubsetConfig, load_dataset_config
@@ -134,28 +132,6 @@ def validation_order(name: str) -> float:
     It follows from the name alone: when pictures come or go, few of the others change sides.
     """
     return _fraction(name)
-
-
-def read_picture_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, EXIF orientation applied, from the header alone where that tells both.
-
-    Raises:
-        ValueError: the file is missing, no picture, or larger than is read.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_FILE_PIXELS:
-                raise ValueError(f"claims {image.width}x{image.height} px, more than are read; scale it down")
-            # Pillow's PNG reader decodes the picture to look for EXIF behind it; few files have it there.
-            if image.format == "PNG" and "exif" not in image.info and not _png_has_late_text(path):
-                exif = Image.Image.getexif(image)
-            else:
-                exif = image.getexif()
-            width, height = image.size
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"no readable picture ({error})"
-        raise ValueError(f"{reason}; give a whole PNG, JPEG or WebP file, or take it out") from error
-    return (height, width) if exif.get(ExifTags.Base.Orientation, 1) >= 5 else (width, height)
 
 
 def _list_subset(index: int, subset: SubsetConfig, roots: Sequence[Path] | None, seed: int) -> list[DatasetItem]:
@@ -331,24 +307,21 @@ def _make_item(
     def size_of(path: Path, what: str) -> tuple[int, int]:
         # A reference may belong to many pictures.
         if path not in sizes:
-            try:
-                sizes[path] = read_picture_size(path)
-            except ValueError as error:
-                raise ValueError(f"{what}{error}") from error
+            sizes[path] = read_picture_size(path, what)
         return sizes[path]
 
-    size = size_of(entry.image, "")
+    size = size_of(entry.image, "it")
     _check_size(size)
     check_num_references(len(entry.references))
     reference_sizes: list[tuple[int, int]] = []
     for path in entry.references:
-        reference_sizes.append(size_of(path, f"reference {path.name}: "))
+        reference_sizes.append(size_of(path, f"reference {path.name}"))
         try:
             reference_size(*reference_sizes[-1], None)
         except ValueError as error:
             raise ValueError(f"reference {path.name}: {error}") from error
     if entry.mask is not None:
-        _check_mask(size_of(entry.mask, f"mask {entry.mask.name}: "), size, entry.mask.name)
+        _check_mask(size_of(entry.mask, f"mask {entry.mask.name}"), size, entry.mask.name)
     caption = (entry.caption or "").strip()
     return DatasetItem(
         subset=index,
@@ -459,18 +432,3 @@ def _name_in(folder: Path, image: Path) -> str:
         return comparable(Path(os.path.relpath(image, folder)).as_posix())
     except ValueError:  # another drive
         return comparable(image.as_posix())
-
-
-def _png_has_late_text(path: Path) -> bool:
-    """Whether a PNG has chunks behind its pixels that may hold EXIF or XMP."""
-    with path.open("rb") as file:
-        position, behind_pixels = 8, False
-        while True:
-            file.seek(position)
-            head = file.read(8)
-            if len(head) < 8 or head[4:] == b"IEND":
-                return False
-            behind_pixels |= head[4:] == b"IDAT"
-            if behind_pixels and head[4:] in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
-                return True
-            position += 12 + int.from_bytes(head[:4], "big")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -14,11 +16,12 @@ from flux2_kit.flux2_core.images import (
     image_to_tensor,
     initial_size,
     load_image,
+    read_picture_size,
     reference_size,
     tensor_to_images,
     to_rgb,
 )
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 EXIF_ORIENTATION = 0x0112
 
@@ -70,7 +73,31 @@ def test_exif_orientation_is_applied(tmp_path, orientation, upright):
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = orientation
     stored.save(tmp_path / "picture.png", exif=exif)
-    assert np.array_equal(pixels(load_image(tmp_path / "picture.png")), upright(pixels(stored)))
+    read = load_image(tmp_path / "picture.png")
+    assert np.array_equal(pixels(read), upright(pixels(stored)))
+    assert np.array_equal(pixels(to_rgb(read)), pixels(read)), "it is turned twice"
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 2**15])
+def test_an_orientation_that_is_none_is_not_applied(tmp_path, orientation):
+    stored = noise_picture(64, 80)
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    stored.save(tmp_path / "picture.png", exif=exif)
+    assert np.array_equal(pixels(load_image(tmp_path / "picture.png")), pixels(stored))
+    assert read_picture_size(tmp_path / "picture.png") == (64, 80)
+
+
+@pytest.mark.parametrize("number_tag", [ExifTags.Base.ImageWidth, ExifTags.Base.XResolution])
+def test_exif_that_cannot_be_written_again_is_no_harm(tmp_path, number_tag):
+    stored = noise_picture(64, 80)
+    # Little endian; orientation 6, and a number that claims to be text.
+    entries = struct.pack("<HHIHH", EXIF_ORIENTATION, 3, 1, 6, 0) + struct.pack("<HHI4s", number_tag, 2, 3, b"ab\0\0")
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + bytes(4)
+    stored.save(tmp_path / "picture.png", exif=exif)
+    with Image.open(tmp_path / "picture.png") as image, pytest.raises((struct.error, TypeError)):
+        ImageOps.exif_transpose(image)
+    assert load_image(tmp_path / "picture.png").size == read_picture_size(tmp_path / "picture.png") == (80, 64)
 
 
 def test_transparency_is_composited_on_white():
@@ -223,8 +250,15 @@ def test_a_file_that_is_no_picture_is_one_clear_error(tmp_path):
         load_image(tmp_path / "text.png")
 
 
+def test_a_file_that_another_program_would_have_to_read_is_refused(tmp_path):
+    noise_picture(64, 48).save(tmp_path / "postscript.png", format="EPS")  # Pillow starts Ghostscript for these
+    for read in (load_image, read_picture_size):
+        with pytest.raises(ValueError, match=r"postscript\.png cannot be read as a picture"):
+            read(tmp_path / "postscript.png")
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".gif", ".tiff"])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".gif", ".tiff", ".avif"])
 @pytest.mark.parametrize("damage", ["cut", "overwritten"])
 def test_a_damaged_picture_is_refused_or_read_but_never_a_foreign_error(tmp_path, suffix, damage):
     path = tmp_path / f"picture{suffix}"
