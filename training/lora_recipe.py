@@ -196,6 +196,8 @@ class LoraRun:
                 self._validate(0)
                 if config.monitor.sample_at_first:
                     self._sample(0)
+            if self.first_step == self.num_steps:  # a run that was stopped here is finished here
+                self._write_last()
             started = time.monotonic()
             with StepLoader(
                 self.dataset, self.order, self.processes, self.make_batch, self.first_step, self.num_steps
@@ -221,6 +223,9 @@ class LoraRun:
                     self._count(numbers)
                 self._save_state()  # whatever happened, the steps so far are not lost
             raise
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
         return self._finish(stopped=False)
 
     def _take_step(self, step: int, num_samples: int, batches: Sequence[TrainBatch]) -> Tensor:
@@ -298,12 +303,18 @@ class LoraRun:
                 self._save_lora(f"{self.name}-step{step:08d}", "step", step)
             if output.save_state:
                 self._save_state()
-        if is_last:  # before the pictures, which may be stopped
-            self._save_lora(self.name, "last", step)
-            if output.save_state or output.save_state_on_train_end:
-                self._save_state()
-        if samples:
+        if is_last:
+            self._write_last()
+        elif samples:
             self._sample(step)
+
+    def _write_last(self) -> None:
+        """The finished LoRA, and then the pictures, which may be stopped."""
+        self._save_lora(self.name, "last", self.num_steps)
+        if self.config.output.save_state or self.config.output.save_state_on_train_end:
+            self._save_state()
+        if self.samples:
+            self._sample(self.num_steps)
 
     def _finish(self, *, stopped: bool) -> TrainResult:
         """Writes the curves, and what a stopped run has so far."""
@@ -315,7 +326,6 @@ class LoraRun:
         result.num_steps, result.stopped = self.steps_done, stopped
         if self.metrics is not None:
             result.metrics_path = self.metrics.path
-            self.metrics.close()
             if self.steps_done:
                 result.curves_path = self.folder / f"{self.name}-curves.png"
                 draw_curves(self.metrics.path, result.curves_path)
@@ -484,12 +494,13 @@ class LoraRun:
         num_values = sum(parameter.numel() for parameter in self.parameters)
         # The LoRA twice, old and new, and a state of masters, two moments and an average, each twice as well.
         needed = num_values * (2 * DTYPES[self.config.output.save_precision].itemsize + 2 * 4 * 4) + SPARE_BYTES
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise ValueError(
-                f"{self.folder} has {free / 2**30:.2f} GiB free, and the LoRA with its state needs up to "
-                f"{needed / 2**30:.2f} GiB; free some space or choose another output_dir"
-            )
+        for folder in (self.folder, self.lora_folder):
+            free = shutil.disk_usage(folder).free
+            if free < needed:
+                raise ValueError(
+                    f"{folder} has {free / 2**30:.2f} GiB free, and the LoRA with its state needs up to "
+                    f"{needed / 2**30:.2f} GiB; free some space, or write to another disk"
+                )
 
     def _tell(self, *, wait: bool) -> None:
         """Tells what is known of the last steps, see `StepReports`; gives up after too many without a finite loss."""

@@ -50,7 +50,7 @@ def check_resume(state: Any, description: dict[str, Any], num_steps: int, folder
             f"{folder} was written by a run with other settings: {'; '.join(differences)}. Resume with the settings "
             "of then, or start a new run from its LoRA with network_weights"
         )
-    if step >= num_steps:
+    if step > num_steps:
         raise ValueError(
             f"{folder} is at step {step}, and the run ends at {num_steps}; raise max_train_steps or max_train_epochs "
             "to go on"

@@ -225,6 +225,10 @@ def test_a_disk_that_is_too_small_is_told_before_training(dataset, tmp_path, mon
     monkeypatch.setattr(lora_recipe.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match=r"0\.01 GiB free"):
         train(make_config(tmp_path), dataset)
+    plenty = usage._replace(free=2**40)
+    monkeypatch.setattr(lora_recipe.shutil, "disk_usage", lambda path: usage if path.name == "loras" else plenty)
+    with pytest.raises(ValueError, match=r"loras has 0\.01 GiB free"):
+        train(make_config(tmp_path, output={"lora_dir": tmp_path / "loras"}), dataset)
 
 
 def test_another_config_or_dataset_is_refused_by_name(dataset, tmp_path):
@@ -236,10 +240,38 @@ def test_another_config_or_dataset_is_refused_by_name(dataset, tmp_path):
         train(make_config(tmp_path), replace(dataset, digest="0" * 32), resume=state)
     with pytest.raises(ValueError, match=r"learning_rate was 0\.001, now 0\.5.*Resume with the settings of then"):
         train(make_config(tmp_path, optimizer=OptimizerConfig(learning_rate=0.5)), dataset, resume=state)
-    with pytest.raises(ValueError, match="is at step 2, and the run ends at 2"):
-        train(make_config(tmp_path, max_train_steps=2), dataset, resume=state)
+    with pytest.raises(ValueError, match="is at step 2, and the run ends at 1"):
+        train(make_config(tmp_path, max_train_steps=1), dataset, resume=state)
     with pytest.raises(ValueError, match="no train state"):
         train(make_config(tmp_path), dataset, resume=tmp_path / "nowhere")
+
+
+def test_a_stopped_run_can_be_finished_where_it_stopped(dataset, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle --s 1")
+    on_step, should_stop = stop_after(2)
+    state = train(make_config(tmp_path / "a"), dataset, on_step=on_step, should_stop=should_stop).state_path
+    shorter = make_config(tmp_path / "a", max_train_steps=2, monitor={"sample_prompts": prompts})
+    result = train(shorter, dataset, resume=state)
+    assert result.lora_path == tmp_path / "a" / "lora.safetensors" and len(result.samples) == 1
+    assert (result.num_steps, result.stopped) == (2, False)
+    whole = train(make_config(tmp_path / "b", max_train_steps=2), dataset)
+    assert load_equal(result.lora_path, whole.lora_path)
+
+
+def test_the_metrics_are_closed_however_a_run_ends(dataset, tmp_path, monkeypatch):
+    opened = []
+    opens = LoraRun._open_metrics
+    monkeypatch.setattr(LoraRun, "_open_metrics", lambda self: opened.append(opens(self)) or opened[-1])
+
+    def fail(step):
+        raise RuntimeError("on the way")
+
+    train(make_config(tmp_path / "a", max_train_steps=1), dataset)
+    train(make_config(tmp_path / "b", max_train_steps=1), dataset, should_stop=lambda: True)
+    with pytest.raises(RuntimeError, match="on the way"):
+        train(make_config(tmp_path / "c"), dataset, on_step=fail)
+    assert [metrics._descriptor for metrics in opened] == [None] * 3
 
 
 def test_what_does_not_change_the_steps_may_differ_in_a_resumed_run(dataset, tmp_path):
