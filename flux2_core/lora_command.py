@@ -20,7 +20,7 @@ from .dit import DiTConfig
 from .lora import LoraSetting, TensorCallback, extract_lora, merge_checkpoint
 from .lora_files import read_lora
 from .lora_tools import SIZES, fitting_variants, read_fitting_lora
-from .lora_writer import write_lora
+from .lora_writer import reading_notes, write_lora
 from .tensor_source import TensorSource
 
 logger = logging.getLogger(__name__)
@@ -150,6 +150,8 @@ def run_convert_lora(args: argparse.Namespace) -> int:
     path = check_output(args.output, source.files)
     lora = read_fitting_lora(source, args.model_version, allow_unmatched=args.allow_unmatched)
     logger.info("%s (%s): %s", lora.name, SIZES[lora.config], lora.report.summary())
+    for note in reading_notes(lora, args.to):
+        logger.warning("%s: %s", path.name, note)
     make_parent(path)
     print(write_lora(path, lora, args.to, DTYPES[args.dtype] if args.dtype else None), flush=True)
     return 0

@@ -55,7 +55,7 @@ PREFIXES = {
 TEXT_ENCODER_PREFIXES = ("lora_te", "lycoris_te", "text_encoder", "text_model.", "clip_l.", "t5xxl.")
 ROLE = re.compile(
     r"(?P<module>.+?)\.(?P<role>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|lora_mid|lora_magnitude_vector"
-    r"|dora_scale|alpha|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t[12]|diff_b|diff)"
+    r"|magnitude|dora_scale|alpha|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t[12]|diff_b|diff)"
     r"(?:\.(?P<adapter>[\w-]+))??(?:\.(?P<kind>weight|bias))?"
 )
 """A tensor's name: PEFT puts the adapter's name, such as ``default``, before ``weight`` when its state is saved raw."""

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,15 @@ from .lora_files import METADATA_KEY, diffusers_steps
 
 Dialect = Literal["comfy", "kohya", "diffusers"]
 
+MODULATIONS = (
+    "double_stream_modulation_img.lin", "double_stream_modulation_txt.lin", "single_stream_modulation.lin",
+    "final_layer.adaLN_modulation.1",
+)  # fmt: skip
+UNREAD_BY_DIFFUSERS: Mapping[Dialect, tuple[str, ...]] = {
+    "comfy": ("final_layer.adaLN_modulation.1",),
+    "kohya": (*MODULATIONS, "guidance_in.in_layer", "guidance_in.out_layer"),
+}
+"""Layers that diffusers' converters (0.42) get wrong, by the dialect of the file."""
 DROPPED_METADATA = (METADATA_KEY, "format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """Written anew, or a hash of tensors that are no longer the same."""
 
@@ -44,14 +54,13 @@ def write_lora(
     """Writes a LoRA as one safetensors file, atomically.
 
     ``comfy`` is ``diffusion_model.<BFL name>.lora_A/lora_B.weight`` with ``alpha / rank`` multiplied into lora_B: every
-    program reads that, at the right strength; only diffusers (0.42) takes ``final_layer.adaLN_modulation.1`` of it with
-    the halves in the wrong order, so write ``diffusers`` for it when that layer is adapted. ``kohya`` is
+    program reads that, at the right strength, but for what `reading_notes` names. ``kohya`` is
     ``lora_unet_<BFL_name>.lora_down/lora_up.weight`` with ``.alpha``. ``diffusers`` is
     ``transformer.<diffusers name>.lora_A/lora_B.weight`` with separate q, k, v and alpha
     in the metadata, where only diffusers and PEFT look for it.
 
     Args:
-        dtype: type of the factors; None keeps what they have. Alpha is fp32.
+        dtype: type of the factors; None keeps what they have, the widest of them in ``diffusers``. Alpha is fp32.
         metadata: added to the LoRA's own and wins over it.
 
     Raises:
@@ -71,6 +80,10 @@ def write_lora(
             )
         for module in modules:
             tensors |= _diffusers_tensors(module)
+        # Of one type: safetensors sorts by it, and diffusers (0.42) takes a file for another dialect, and fails, where
+        # the first tensor is a magnitude.
+        widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+        tensors = {name: tensor.to(widest) for name, tensor in tensors.items()}
         ours[METADATA_KEY] = json.dumps(_peft_config(modules), indent=2, sort_keys=True)
     else:
         for layer, parts in lora.layers.items():
@@ -80,6 +93,33 @@ def write_lora(
     if overflown := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{overflown[0]} has values too large for {dtype or 'its type'}; write fp32 or bf16")
     return write_safetensors(path, tensors, ours | kept | dict(metadata or {}))
+
+
+def reading_notes(lora: Lora, dialect: Dialect = "comfy") -> tuple[str, ...]:
+    """What programs make of a LoRA's file in this dialect where it is not what the LoRA is; none where all agree.
+
+    Measured with diffusers 0.42 and ComfyUI 0.3.75.
+    """
+    if dialect == "diffusers":
+        return ()
+    parts = [part for factors in lora.layers.values() for part in factors]
+    notes = []
+    if any(part.magnitude is not None for part in parts):
+        notes.append("diffusers leaves out the magnitudes of DoRA; for it, convert the LoRA to the diffusers dialect")
+    if any(part.magnitude is not None and part.magnitude.shape[1] == 1 for part in parts):
+        notes.append(
+            "ComfyUI's own LoRA loaders divide the magnitudes of DoRA by other norms, which changes some per cent of "
+            "its effect; FLUX.2 Apply LoRA and a merged checkpoint are exact"
+        )
+    read = (LoraFactors, LokrFactors) if dialect == "comfy" else (LoraFactors,)
+    if others := sorted({part.kind for part in parts if not isinstance(part, read)}):
+        advice = "; for it, write comfy" if others == ["LoKr"] else ""
+        notes.append(f"diffusers does not read {' and '.join(others)} of the {dialect} dialect{advice}")
+    wrong = [layer for layer in lora.layers if layer in UNREAD_BY_DIFFUSERS[dialect]]
+    if wrong:
+        what = "swaps the halves of" if dialect == "comfy" else "leaves out"
+        notes.append(f"diffusers {what} {', '.join(wrong)}; for it, convert the LoRA to the diffusers dialect")
+    return tuple(notes)
 
 
 def _bfl_tensors(lora: Lora, layer: str, parts: tuple[Factors, ...], dialect: Dialect) -> dict[str, Tensor]:

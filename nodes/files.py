@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
-from ..flux2_core.lora_writer import Dialect, write_lora
+from ..flux2_core.lora_writer import Dialect, reading_notes, write_lora
 from . import host
 from .loaders import PRECISIONS
 from .lora import LoraFile
@@ -168,7 +168,10 @@ class ConvertLoRA:
         path = host.free_lora_path(output_name or _name_beside(source, dialect), SUFFIX)
         write_lora(path, read, dialect, PRECISIONS[precision])
         name = str(path.relative_to(host.lora_directory().resolve()))
-        host.show_text(f"{name}: {read.report.summary()}, for FLUX.2 {SIZES[read.config]}", unique_id)
+        text = "\n".join(
+            (f"{name}: {read.report.summary()}, for FLUX.2 {SIZES[read.config]}", *reading_notes(read, dialect))
+        )
+        host.show_text(text, unique_id)
         return (LoraFile(path=path), name)
 
 

@@ -29,7 +29,7 @@ from ..flux2_core.compilation import compile_blocks
 from ..flux2_core.lora import LoraSetting, apply_loras, remove_loras
 from ..flux2_core.lora_factors import Lora
 from ..flux2_core.lora_files import read_lora
-from ..flux2_core.lora_writer import write_lora
+from ..flux2_core.lora_writer import reading_notes, write_lora
 from ..flux2_core.picture_metadata import write_png
 from ..flux2_core.placement import place_autoencoder, release
 from ..flux2_core.sampling import Stopped
@@ -161,6 +161,8 @@ class LoraRun:
         self.adapters = TrainableAdapters(self.dit, adapter_config, generator=generator)
         if start is not None:
             self.adapters.load_lora(start)
+        for note in reading_notes(self.adapters.to_lora(self.name)) if self._is_main else ():
+            logger.warning("%s.safetensors will be for ComfyUI: %s", self.name, note)
         self.adapters.to(self.device)
         self.adapters.attach()
         self.parameters = list(self.adapters.parameters())

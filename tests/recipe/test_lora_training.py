@@ -320,6 +320,13 @@ def test_a_run_can_start_from_a_lora(dataset, tmp_path):
         train(replace(config, dim_from_weights=False), dataset)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_other_programs_misread_is_told_before_training(dataset, tmp_path, caplog, dora):
+    config = make_config(tmp_path, max_train_steps=1, adapter=AdapterConfig(rank=2, dora=dora))
+    train(config, dataset)
+    assert ("diffusers leaves out the magnitudes of DoRA" in caplog.text) == dora
+
+
 def test_a_distilled_variant_warns(dataset, tmp_path, caplog):
     files = find_train_files(TINY, makes_samples=False)
     distilled = replace(files, variant=replace(TINY, distilled=True))

@@ -392,6 +392,8 @@ def test_dora_is_the_formula_of_the_paper(axis, naming, tmp_path):
             tensors |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b, f"{stem}.alpha": torch.tensor(value)}
             peft = axis == "row" and naming == "diffusers"
             role, value = ("lora_magnitude_vector", m[:, 0]) if peft else ("dora_scale", m)
+            if axis == "row" and layer == PROJ:
+                role, value = "magnitude", m[:, 0]  # as ai-toolkit has it
             tensors[f"{stem}.{role}"] = value.clone()
     save_file(tensors, tmp_path / "a.safetensors")
     found = read_lora(tmp_path / "a.safetensors", CONFIG)

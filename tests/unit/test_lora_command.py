@@ -140,6 +140,8 @@ def test_conversion_tells_the_size_and_comes_back(loras, tmp_path, capsys):
     output = capsys.readouterr()
     assert output.out.split() == [str(tmp_path / f"{name}.safetensors") for name in ("kohya", "diffusers", "comfy")]
     assert output.err.startswith("one.safetensors (tiny): ComfyUI (BFL names): LoRA rank 2")
+    assert "kohya.safetensors: diffusers leaves out double_stream_modulation_img.lin" in output.err
+    assert "comfy.safetensors: diffusers swaps the halves of final_layer.adaLN_modulation.1" in output.err
     before, after = read_lora(loras[0], DIT_TINY), read_lora(previous, DIT_TINY)
     assert before.layers.keys() == after.layers.keys()
     for name, (factors,) in before.layers.items():
