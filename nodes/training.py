@@ -23,8 +23,9 @@ from ..flux2_core.tensor_source import TensorSource
 from ..flux2_core.variants import VARIANTS, Variant
 from ..training.adapters import AdapterConfig
 from ..training.config import OutputConfig, TrainConfig
+from ..training.foreign_options import REFUSED, WITHOUT_EFFECT
 from ..training.optimizers import NAMES, LearningRateScheduler, OptimizerConfig, ScheduleConfig, find_optimizer
-from ..training.train_options import OPTIONS, REFUSED, WITHOUT_EFFECT, flatten_tables, train_config
+from ..training.train_options import OPTIONS, flatten_tables, train_config
 from ..training.train_progress import TrainStep, describe_step
 from . import host
 from .datasets import LinkedDataset, fill_cache, picture_batch

@@ -139,7 +139,7 @@ def _request(
     return replace(
         request,
         text_encoder_file=text_encoder_facts(files.text_encoder),
-        autoencoder_precision=autoencoder_precision(files.autoencoder, device),
+        autoencoder_precision=autoencoder_precision(files.autoencoder, device, config.autoencoder_precision),
     )
 
 

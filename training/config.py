@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..flux2_core.memory_request import AutoencoderPrecision
 from .adapters import AdapterConfig
 from .metrics import LogWith
 from .optimizers import OptimizerConfig, ScheduleConfig, check_schedule
@@ -105,6 +106,8 @@ class TrainConfig:
     takes fp8 where plain weights do not fit into the device's memory."""
     text_encoder_precision: BasePrecision = "auto"
     """Of the text encoder, for the prompts of sample pictures; "auto": as in the file."""
+    autoencoder_precision: AutoencoderPrecision = "auto"
+    """Of the autoencoder, for sample pictures; "auto": as when generating."""
     vram_budget_gib: float | None = None
     """GiB that training may take on the device; what does not fit is streamed. None: what is free."""
     num_streamed_blocks: int | None = None

@@ -148,7 +148,7 @@ class LoraRun:
         if config.monitor.sample_prompts is not None:
             assert files.autoencoder is not None and files.text_encoder is not None, "found for sample pictures"
             lines = read_sample_prompts(config.monitor.sample_prompts)
-            self.autoencoder = place_autoencoder(files.autoencoder, self.device)
+            self.autoencoder = place_autoencoder(files.autoencoder, self.device, config.autoencoder_precision)
             self.samples = prepare_samples(
                 lines, self.variant, config.seed, self.base.load_text_encoder, self.autoencoder
             )

@@ -20,6 +20,7 @@ from ..flux2_core.tensor_source import TensorSource
 from ..flux2_core.variants import Variant, get_variant
 from .cache import open_cache
 from .dataset import list_dataset
+from .foreign_options import describe_without_effect
 from .dataset_config import load_dataset_config, read_settings
 from .lora_recipe import train_lora
 from .optimizers import find_optimizer
@@ -27,7 +28,7 @@ from .plots import draw_timesteps
 from .processes import join_processes
 from .timesteps import schedule_steps
 from .train_files import find_train_files
-from .train_options import WITHOUT_EFFECT, flatten_tables, train_config
+from .train_options import flatten_tables, train_config
 from .train_progress import TrainResult, TrainStep, describe_step
 
 logger = logging.getLogger(__name__)
@@ -44,9 +45,8 @@ def run_train(args: argparse.Namespace) -> int:
     # 1. Everything that can be refused is refused before weights are loaded.
     values = read_options(args)
     config = train_config(values)
-    for name in WITHOUT_EFFECT:
-        if values.get(name) is not None:
-            logger.info("--%s has no effect: %s", name, WITHOUT_EFFECT[name])
+    for line in describe_without_effect(values):
+        logger.info("%s", line)
     find_optimizer(config.optimizer, allow_dotted=True)
     variant = find_variant(values)
     if not values.get("dataset_config"):

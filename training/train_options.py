@@ -9,13 +9,14 @@ import argparse
 import ast
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
-from ..flux2_core.memory_options import choose_precision
+from ..flux2_core.memory_options import LONG_DTYPES, choose_precision
 from .config import TrainConfig
+from .foreign_options import REFUSED, REFUSED_NETWORK_ARGS, WITHOUT_EFFECT, refuse_foreign_options
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Option:
     help: str
     scale: float | None = None
     """The number that is given is multiplied by this."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of values."""
 
 
 GROUPS: dict[str, tuple[Option, ...]] = {
@@ -47,6 +50,12 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("vram_budget", "vram_budget_gib", "GiB of the device to use; default: what is free"),
         Option("blocks_to_swap", "num_streamed_blocks", "stream so many blocks; default: as few as fit"),
         Option("text_encoder_precision", "text_encoder_precision", "for sample pictures; default: as in the file"),
+        Option(
+            "vae_dtype",
+            "autoencoder_precision",
+            "for sample pictures; default: auto, as in `flux2 generate`",
+            aliases=LONG_DTYPES,
+        ),
     ),
     "LoRA": (
         Option("network_dim", "adapter.rank", "rank"),
@@ -84,7 +93,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "what is written": (
         Option("output_dir", "output.output_dir", "folder"),
         Option("output_name", "output.output_name", "begins the name of every file"),
-        Option("save_precision", "output.save_precision", "of the LoRA's file"),
+        Option("save_precision", "output.save_precision", "of the LoRA's file", aliases={"float": "fp32"}),
         Option("save_every_n_steps", "output.save_every_n_steps", "write the LoRA so often"),
         Option("save_every_n_epochs", "output.save_every_n_epochs", "write the LoRA so often"),
         Option("save_last_n_steps", "output.save_last_n_steps", "of those keep the ones of the last N steps"),
@@ -132,22 +141,6 @@ NETWORK_ARGS = {
 NETWORK_MODULES = {
     "lora": "lora", "networks.lora_flux_2": "lora", "networks.lora": "lora", "lokr": "lokr", "networks.lokr": "lokr",
 }  # fmt: skip
-WITHOUT_EFFECT = {
-    "sdpa": "attention always runs through PyTorch's own kernels",
-    "max_data_loader_n_workers": "samples are read ahead by a thread",
-    "persistent_data_loader_workers": "samples are read ahead by a thread",
-}
-"""Options of musubi-tuner that ask for what happens anyway."""
-REFUSED = {
-    "flash_attn": "leave it out, PyTorch chooses the fastest kernel it has",
-    "flash3": "leave it out, PyTorch chooses the fastest kernel it has",
-    "sage_attn": "it has no backward pass; leave it out",
-    "xformers": "leave it out, PyTorch chooses the fastest kernel it has",
-    "split_attn": "leave it out, samples of different shapes run one shape after the other",
-    "scale_weight_norms": "lower the learning rate, or set weight decay with --optimizer_args",
-    "base_weights": "merge it first with `flux2 merge-lora`, and train on the result",
-}
-"""Options of musubi-tuner that are not here, and what to do instead."""
 
 
 def add_train_options(parser: argparse.ArgumentParser) -> None:
@@ -177,7 +170,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         if title == "LoRA":
             group.add_argument("--network_module", metavar="NAME", help=f"{', '.join(NETWORK_MODULES)}; default: lora")
             names = ", ".join(NETWORK_ARGS)
-            group.add_argument("--network_args", nargs="+", metavar="NAME=VALUE", help=f"any of {names}")
+            group.add_argument("--network_args", nargs="*", metavar="NAME=VALUE", help=f"any of {names}")
     for name in WITHOUT_EFFECT:
         parser.add_argument(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
     for name in REFUSED:
@@ -190,14 +183,12 @@ def train_config(values: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ValueError: an unknown name, a value of another kind, or one that is refused.
     """
+    refuse_foreign_options(values)
     settings: dict[str, Any] = {}
     for name, value in values.items():
-        if value is None:
-            continue
-        if name in REFUSED:
-            raise ValueError(f"--{name} is not supported: {REFUSED[name]}")
-        if name in OPTIONS:
+        if name in OPTIONS and value is not None:
             option = OPTIONS[name]
+            value = option.aliases.get(value, value) if isinstance(value, str) else value
             checked = _convert(name, value, _kind(option.setting))
             settings[option.setting] = checked * option.scale if option.scale is not None else checked
     settings |= _network_settings(values) | _precisions(values)
@@ -224,6 +215,8 @@ def _network_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         settings["adapter.kind"] = NETWORK_MODULES[module]
     for text in values.get("network_args") or ():
         name, found, value = str(text).partition("=")
+        if name in REFUSED_NETWORK_ARGS:
+            raise ValueError(f"--network_args has {text!r}, which is not supported: {REFUSED_NETWORK_ARGS[name]}")
         if not found or name not in NETWORK_ARGS:
             raise ValueError(f"--network_args has {text!r}; give name=value with one of {', '.join(NETWORK_ARGS)}")
         settings[NETWORK_ARGS[name]] = _convert(name, _literal(value), _kind(NETWORK_ARGS[name]))
@@ -263,12 +256,12 @@ def _build(cls: type[Any], settings: Mapping[str, Any], prefix: str = "") -> Any
     """The dataclass with settings by path; nested ones are built from theirs."""
     values: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
-    for field in fields(cls):
-        path = prefix + field.name
-        if is_dataclass(hints[field.name]):
-            values[field.name] = _build(hints[field.name], settings, f"{path}.")
+    for name in (entry.name for entry in fields(cls)):
+        path = prefix + name
+        if is_dataclass(hints[name]):
+            values[name] = _build(hints[name], settings, f"{path}.")
         elif path in settings:
-            values[field.name] = settings[path]
+            values[name] = settings[path]
     return replace(cls(), **values) if prefix == "" else cls(**values)
 
 
@@ -301,9 +294,9 @@ def _argument(option: Option) -> dict[str, Any]:
     if kind is bool:
         return {"action": "store_true", "default": None, "help": text}
     if get_origin(kind) is Literal:
-        return {"choices": get_args(kind), "help": text}
+        return {"choices": (*get_args(kind), *option.aliases), "help": text}
     if get_origin(kind) is tuple:
-        return {"nargs": "+", "metavar": "VALUE", "help": text}
+        return {"nargs": "*", "metavar": "VALUE", "help": text}
     metavar = {int: "N", float: "X", Path: "PATH"}.get(kind, "VALUE")
     return {"metavar": metavar, "help": text.replace("%", "%%")}
 

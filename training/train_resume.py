@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FREE = (
     "output", "monitor", "max_train_steps", "max_train_epochs", "max_bad_steps", "preflight", "checkpointing",
-    "vram_budget_gib", "num_streamed_blocks", "text_encoder_precision", "compile",
+    "vram_budget_gib", "num_streamed_blocks", "text_encoder_precision", "autoencoder_precision", "compile",
 )  # fmt: skip
 """Settings that do not change what a step learns, rounding aside; max_train_steps does where the learning rate follows
 a curve, and is free so that a run can be made longer."""

@@ -415,8 +415,8 @@ def test_every_option_is_open_refused_or_a_widget(pack, nodes):
     options = sys.modules[f"{pack.__name__}.training.train_options"]
     options.add_train_options(parser)
     known = {action.dest for action in parser._actions} - {"help"}
-    allowed = {*options.OPTIONS, *training.OTHER_OPTIONS, *options.WITHOUT_EFFECT} - set(training.OWN_OPTIONS)
-    assert known == allowed | set(training.OWN_OPTIONS) | set(options.REFUSED)
+    allowed = {*options.OPTIONS, *training.OTHER_OPTIONS, *training.WITHOUT_EFFECT} - set(training.OWN_OPTIONS)
+    assert known == allowed | set(training.OWN_OPTIONS) | set(training.REFUSED)
     paths = {name for name in allowed & set(options.OPTIONS) if options._kind(options.OPTIONS[name].setting) is Path}
     assert paths == {"network_weights"}  # which is looked up among the LoRAs
     assert set(training.WIDGET_OPTIONS) <= set(inputs_of(nodes["Flux2KitTrainLoRA"]))

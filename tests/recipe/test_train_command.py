@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -13,10 +14,31 @@ from pathlib import Path
 import pytest
 import torch
 from flux2_kit.training.cli import main
-from flux2_kit.training.train_options import GROUPS, NETWORK_ARGS, train_config
+from flux2_kit.training.train_options import GROUPS, NETWORK_ARGS, add_train_options, train_config
 from lora_training import write_pictures
 from safetensors.torch import load_file
 
+MUSUBI_OPTIONS = """
+config_file dataset_config sdpa flash_attn sage_attn xformers flash3 split_attn compile compile_backend compile_mode
+compile_dynamic compile_fullgraph compile_cache_size_limit cuda_allow_tf32 cuda_cudnn_benchmark dynamo_backend
+dynamo_mode dynamo_fullgraph dynamo_dynamic max_train_steps max_train_epochs max_data_loader_n_workers
+persistent_data_loader_workers seed gradient_checkpointing gradient_checkpointing_cpu_offload
+gradient_accumulation_steps mixed_precision save_precision logging_dir log_with log_prefix log_tracker_name
+wandb_run_name log_tracker_config wandb_api_key log_config ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph
+sample_every_n_steps sample_at_first sample_every_n_epochs sample_prompts optimizer_type optimizer_args learning_rate
+max_grad_norm lr_scheduler lr_warmup_steps lr_decay_steps lr_scheduler_num_cycles lr_scheduler_power
+lr_scheduler_timescale lr_scheduler_min_lr_ratio lr_scheduler_type lr_scheduler_args fp8_base blocks_to_swap
+use_pinned_memory_for_block_swap block_swap_h2d_only block_swap_ring_size img_in_txt_in_offloading
+disable_numpy_memmap guidance_scale timestep_sampling discrete_flow_shift sigmoid_scale weighting_scheme logit_mean
+logit_std mode_scale min_timestep max_timestep preserve_distribution_shape num_timestep_buckets show_timesteps
+no_metadata network_weights network_module network_dim network_alpha network_dropout network_args training_comment
+dim_from_weights scale_weight_norms base_weights base_weights_multiplier output_dir output_name resume
+save_every_n_epochs save_every_n_steps save_last_n_epochs save_last_n_epochs_state save_last_n_steps
+save_last_n_steps_state save_state save_state_on_train_end metadata_title metadata_author metadata_description
+metadata_license metadata_tags metadata_reso metadata_arch huggingface_repo_id huggingface_repo_type
+huggingface_path_in_repo huggingface_token huggingface_repo_visibility save_state_to_huggingface
+resume_from_huggingface async_upload dit vae vae_dtype fp8_scaled text_encoder fp8_text_encoder model_version
+"""
 COMMAND = [sys.executable, "-m", "flux2_kit.training"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 FAST = ["--device", "cpu", "--mixed_precision", "no", "--network_dim", "4", "--learning_rate", "1e-3", "--no-preflight"]
@@ -75,7 +97,8 @@ def test_a_toml_holds_the_options_and_the_command_line_wins(folder, tmp_path):
         ("lr_scheduler = 'adafactor'", "lr_scheduler is 'adafactor'; allowed are constant"),
         ("sage_attn = true", "it has no backward pass"),
         ("network_module = 'networks.loha'", "'networks.loha'; known: lora"),
-        ("network_args = ['conv_dim=4']", "'conv_dim=4'; give name=value with one of include_patterns"),
+        ("network_args = ['conv_dim=4']", "'conv_dim=4', which is not supported: a DiT has no convolutions"),
+        ("network_args = ['conv=4']", "'conv=4'; give name=value with one of include_patterns"),
         ("seed = ", "is not valid TOML"),
     ],
 )
@@ -84,6 +107,21 @@ def test_a_wrong_toml_is_told_before_anything_is_loaded(folder, tmp_path, caplog
     file.write_text(text)
     assert main(["train", "--config_file", str(file), "--dataset_config", str(folder)]) == 1
     assert message in caplog.text
+
+
+def test_every_option_of_musubi_tuner_is_taken_or_refused_with_a_reason():
+    parser = argparse.ArgumentParser()
+    add_train_options(parser)
+    known = {action.dest for action in parser._actions}
+    assert [name for name in MUSUBI_OPTIONS.split() if name not in known] == []
+
+
+def test_what_is_not_here_is_refused_all_at_once_unless_it_is_off(folder, tmp_path, caplog):
+    more = ["--xformers", "--dynamo_backend", "NO", "--huggingface_repo_id", "me/lora"]
+    assert main(options(folder, tmp_path, *more)) == 1
+    for part in ("--xformers is not", "--dynamo_backend is not supported: give --compile", "upload the output folder"):
+        assert part in caplog.text
+    assert train_config({"xformers": False, "split_attn": None}) == train_config({})
 
 
 def test_a_picture_that_is_not_cached_is_told(folder, tmp_path, caplog):
@@ -109,6 +147,8 @@ def test_every_option_reaches_its_setting():
     )
     assert (config.adapter.lokr_factor, config.adapter.dora, config.loraplus_lr_ratio) == (4, False, 16.0)
     assert config.timesteps.min_sigma == pytest.approx(0.1)
+    config = train_config({"vae_dtype": "bfloat16", "save_precision": "float", "optimizer_args": []})
+    assert (config.autoencoder_precision, config.output.save_precision) == ("bf16", "fp32")
     assert set(NETWORK_ARGS) >= {"include_patterns", "exclude_patterns", "loraplus_lr_ratio"}
 
 
