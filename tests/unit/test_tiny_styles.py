@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from flux2_kit.flux2_core.checkpoint import load_autoencoder
 from flux2_kit.flux2_core.images import image_to_tensor, load_image
 from flux2_kit.flux2_core.variants import get_variant
@@ -16,10 +17,12 @@ from flux2_kit.flux2_core.weights import find_weights
 from flux2_kit.training.dataset import Dataset, list_dataset, load_dataset_config
 from flux2_kit.training.tiny.__main__ import main
 from flux2_kit.training.tiny.captions import full_caption
-from flux2_kit.training.tiny.evaluate import judge_styles
+from flux2_kit.training.tiny.evaluate import UNCLEAR, judge_styles
 from flux2_kit.training.tiny.pictures import (
     COLORS,
     PICTURE_SIZE,
+    STRIPE_PERIOD,
+    STRIPE_WIDTH,
     STYLES,
     Scene,
     all_scenes,
@@ -42,8 +45,28 @@ SCENE = Scene(kind="circle", color="red", size="large", position="top left", bac
 @pytest.mark.parametrize("style", STYLES)
 def test_the_judge_reads_every_mask_of_a_style_through_noise(style: str) -> None:
     scenes = all_scenes()[:: len(COLORS) * (len(COLORS) - 1) // 2]
-    noise = 0.1 * torch.randn(len(scenes), 3, PICTURE_SIZE, PICTURE_SIZE, generator=torch.Generator().manual_seed(0))
-    assert judge_styles(draw_scenes(scenes, style) + noise) == [(scene, style) for scene in scenes]
+    noise = torch.randn(len(scenes), 3, PICTURE_SIZE, PICTURE_SIZE, generator=torch.Generator().manual_seed(0))
+    pictures = draw_scenes(scenes, style)
+    assert judge_styles(pictures + 0.03 * noise) == [(scene, style) for scene in scenes]
+    assert [scene for scene, _ in judge_styles(pictures + 0.1 * noise)] == list(scenes)
+
+
+def test_what_is_no_shape_is_in_no_style() -> None:
+    generator = torch.Generator().manual_seed(0)
+    coarse, fine = (torch.rand(50, 3, side, side, generator=generator) for side in (5, PICTURE_SIZE))
+    blobs = F.interpolate(coarse, size=PICTURE_SIZE, mode="bicubic").clamp(0, 1)
+    bare_stripes = ((torch.arange(PICTURE_SIZE) + 0.5).remainder(STRIPE_PERIOD) < STRIPE_WIDTH).float().expand_as(fine)
+    flat = torch.full_like(fine, 0.3)
+    for pictures in (fine, blobs, bare_stripes, flat):
+        assert {style for _, style in judge_styles(pictures)} == {UNCLEAR}
+
+
+def test_stripes_of_another_kind_are_not_the_style() -> None:
+    scenes = held_out_scenes()
+    striped, plain = draw_scenes(scenes, STYLE), draw_scenes(scenes)
+    aside = striped.roll(STRIPE_PERIOD // 2, dims=3)
+    for pictures in (aside, torch.lerp(striped, plain, 0.6)):
+        assert STYLE not in {style for _, style in judge_styles(pictures)}
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -1,7 +1,8 @@
 """How well the bundled tiny model does what it is asked, on combinations it never saw in training.
 
 The judge is exact, not learned: a picture is taken for the scene whose mask explains it best with any two colours
-(least squares over the 162 masks of each style), and each colour for the nearest of the palette.
+(least squares over the 162 masks of each style), and each colour for the nearest of the palette. A picture that no mask
+explains by half is in no style.
 """
 
 from __future__ import annotations
@@ -33,6 +34,13 @@ from .pictures import (
 )
 
 BATCH_SIZE = 50
+MIN_EXPLAINED = 0.5
+"""Share of a picture's variance that a mask with two colours must explain for the picture to be in its style. Of drawn
+pictures that went through the autoencoder it is more than 0.7; of noise, or stripes without a shape, less than 0.2."""
+FLAT_VARIANCE = 1e-6
+"""Of a picture that shows nothing: a quarter of a grey level of 256."""
+UNCLEAR = "unclear"
+"""In the place of a style, where there is none."""
 EDITED_ATTRIBUTES = ("color", "background", "kind", "position")
 
 
@@ -56,7 +64,7 @@ def judge(pictures: Tensor) -> list[Scene]:
 
 
 def judge_styles(pictures: Tensor, styles: Sequence[str] = STYLES) -> list[tuple[Scene, str]]:
-    """The scene that each picture ``[N, 3, 64, 64]`` in 0..1 shows, and in which of the styles."""
+    """The scene that each picture ``[N, 3, 64, 64]`` in 0..1 shows, and in which of the styles, or `UNCLEAR`."""
     masks = torch.cat([scene_masks(style) for style in styles]).flatten(1)  # [M, P]
     pixels = pictures.flatten(2)  # [N, 3, P]
     # Least squares of pixels = background + mask * (foreground - background), in closed form per mask and channel.
@@ -64,7 +72,9 @@ def judge_styles(pictures: Tensor, styles: Sequence[str] = STYLES) -> list[tuple
     covariance = torch.einsum("mp,ncp->nmc", masks, pixels) / masks.shape[1] - mean_mask[:, None] * mean_pixel[:, None]
     variance = masks.square().mean(1) - mean_mask.square()
     explained = (covariance.square() / variance[:, None]).sum(-1)  # [N, M]
-    best = explained.argmax(1)
+    most, best = explained.max(1)
+    variances = pixels.var(2, correction=0).sum(1).clamp_min(FLAT_VARIANCE)
+    is_clear = (most > MIN_EXPLAINED * variances).tolist()
     rows = torch.arange(len(pictures))
     difference = covariance[rows, best] / variance[best, None]
     backgrounds = mean_pixel - mean_mask[best, None] * difference
@@ -74,10 +84,10 @@ def judge_styles(pictures: Tensor, styles: Sequence[str] = STYLES) -> list[tuple
         (style, kind, size, position) for style in styles for kind in KINDS for size in SIZES for position in POSITIONS
     ]
     shown = []
-    for index, color, background in zip(best.tolist(), *nearest, strict=True):
+    for index, clear, color, background in zip(best.tolist(), is_clear, *nearest, strict=True):
         style, kind, size, position = shapes[index]
         scene = Scene(kind=kind, size=size, position=position, color=names[color], background=names[background])
-        shown.append((scene, style))
+        shown.append((scene, style if clear else UNCLEAR))
     return shown
 
 
