@@ -346,7 +346,7 @@ def _check_files(items: Sequence[CachedItem], empty: TextFile, manifests: Manife
 def _state(folder: Path, file: CacheFile) -> str | None:
     """What is wrong with a file: "missing", "damaged", or None."""
     try:
-        return None if find(folder, file) else "missing"
+        return "missing" if find(folder, file) is None else None
     except ValueError:
         return "damaged"
 

@@ -63,6 +63,11 @@ class PictureHash:
     mtime_ns: int
     sha256: str
 
+    def is_of(self, path: Path) -> bool:
+        """Whether the file is as it was, by these signs."""
+        status = path.stat()
+        return (status.st_size, status.st_mtime_ns) == (self.num_bytes, self.mtime_ns)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -140,8 +145,11 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         ValueError: it is no manifest of this version, or names a file outside of the folder.
     """
-    data = read_json_object(path, MAX_MANIFEST_BYTES)
     advice = "delete it and run `flux2 cache` again"
+    try:
+        data = read_json_object(path, MAX_MANIFEST_BYTES)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); check its permissions, or {advice}") from error
     if data.get("format") != "flux2_kit.cache" or data.get("version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} is a manifest of version {str(data.get('version'))[:20]!r}; only {FORMAT_VERSION} is read. "
@@ -210,10 +218,10 @@ def hash_pictures(
     for path in dict.fromkeys(paths):
         before = known.get(Path(os.path.abspath(path)))  # noqa: PTH100 - links are not followed
         try:
-            stat = path.stat()
+            is_known = before is not None and before.is_of(path)
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); check the dataset") from error
-        if before is not None and (before.num_bytes, before.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+        if before is not None and is_known:
             found[path] = before
         else:
             changed.append(path)
@@ -262,15 +270,21 @@ def prune_cache(dataset: Dataset, own_manifests: Iterable[Path] = ()) -> PruneRe
     num_deleted = num_bytes = 0
     others: list[Path] = []
     for folder in dict.fromkeys(cache_folder(subset) for subset in dataset.config.subsets):
+        # First the files, then who names them: what another run has begun meanwhile is not seen at all.
+        entries = list(_scan(folder))
         manifests = list_manifests(folder)
         named = {name for path in manifests for name in read_manifest(path).file_names}
         others += [path for path in manifests if path not in own]
-        for entry in list(_scan(folder)):
-            stat = entry.stat(follow_symlinks=False)
-            is_stale = TEMPORARY_NAME.fullmatch(entry.name) and time.time() - stat.st_mtime > STALE_SECONDS
-            if is_stale or (FILE_NAME.fullmatch(entry.name) and entry.name not in named):
-                Path(entry.path).unlink(missing_ok=True)
-                num_deleted, num_bytes = num_deleted + 1, num_bytes + stat.st_size
+        for entry in entries:
+            is_temporary = TEMPORARY_NAME.fullmatch(entry.name)
+            if not is_temporary and (entry.name in named or not FILE_NAME.fullmatch(entry.name)):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # another run was faster
+                status = entry.stat(follow_symlinks=False)
+                if is_temporary and time.time() - status.st_mtime <= STALE_SECONDS:
+                    continue
+                Path(entry.path).unlink()
+                num_deleted, num_bytes = num_deleted + 1, num_bytes + status.st_size
     return PruneReport(num_deleted=num_deleted, num_bytes=num_bytes, other_manifests=tuple(others))
 
 

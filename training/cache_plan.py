@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import stat
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +21,8 @@ import torch
 from PIL import Image
 
 from ..flux2_core.autoencoder import PIXELS_PER_LATENT
-from ..flux2_core.tensor_source import TORCH_DTYPES, TensorSource, read_header
+from ..flux2_core.files import write_safetensors
+from ..flux2_core.tensor_source import TORCH_DTYPES, read_header
 from .buckets import control_size, fit_control, fit_mask, fit_target
 from .dataset import Dataset, DatasetItem
 from .dataset_config import SubsetConfig
@@ -26,8 +30,10 @@ from .fingerprint import AutoencoderIdentity, TextEncoderIdentity
 
 PREPARATION_VERSION = 1
 """Goes up when a picture, a mask or a caption is prepared differently than before."""
-KEY_ENTRY = "flux2_kit.cache_key"
-"""Entry of a file's metadata."""
+KEY_ENTRY, CHECKSUM_ENTRY = "flux2_kit.cache_key", "flux2_kit.crc32"
+"""Entries of a file's metadata."""
+MAX_HEADER_BYTES = 4096
+"""A cached file is at most that much larger than its tensor."""
 
 Kind = Literal["latents", "mask", "text"]
 
@@ -47,6 +53,11 @@ class CacheFile:
     def name(self) -> str:
         """The file's."""
         return f"{self.kind}-{self.key}.safetensors"
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class _Fit(Protocol):
@@ -154,28 +165,41 @@ def subset_of(dataset: Dataset, item: DatasetItem) -> SubsetConfig:
     return dataset.config.subsets[item.subset]
 
 
-def find(folder: Path, file: CacheFile) -> bool:
-    """Whether a cached file is there, told from its header.
+def find(folder: Path, file: CacheFile) -> tuple[int, str] | None:
+    """Where the tensor begins in a cached file, and its checksum, by the header; None where there is no such file.
+
+    A link is none: who may write into a cache may lead it to anywhere.
 
     Raises:
-        ValueError: it is cut off, damaged, or holds something else.
+        ValueError: the file is cut off, holds something else, or cannot be read.
     """
     path = folder / file.name
-    if not path.is_file():
-        return False
-    table, metadata = read_header(path)
+    try:
+        status = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _unusable(path, str(error.strerror)) from error
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    if status.st_size > file.num_bytes + MAX_HEADER_BYTES:
+        raise _unusable(path, f"it has {status.st_size} bytes for a tensor of {file.num_bytes}")
+    try:
+        table, metadata = read_header(path)
+    except ValueError as error:
+        raise _unusable(path, f"it is cut off or damaged ({error})") from error
     entry = table.get(file.kind)
-    if entry is None or len(table) != 1 or metadata.get(KEY_ENTRY) != file.key:
-        raise ValueError(f"{path} holds something else than its name says")
+    if entry is None or len(table) != 1 or metadata.get(KEY_ENTRY) != file.key or CHECKSUM_ENTRY not in metadata:
+        raise _unusable(path, "it holds something else than its name says")
     if entry.shape != file.shape or TORCH_DTYPES.get(entry.dtype) != file.dtype:
-        raise ValueError(f"{path} holds {entry.dtype} of shape {list(entry.shape)}, not what its name says")
-    return True
+        raise _unusable(path, f"it holds {entry.dtype} of shape {list(entry.shape)}, not what its name says")
+    return entry.begin, metadata[CHECKSUM_ENTRY]
 
 
 def is_whole(folder: Path, file: CacheFile) -> bool:
     """Whether a file is there, right, and not cut off."""
     try:
-        return find(folder, file)
+        return find(folder, file) is not None
     except ValueError:
         return False
 
@@ -184,12 +208,49 @@ def read_cached(folder: Path, file: CacheFile) -> torch.Tensor:
     """The tensor of a cached file; it can be used in training even when read inside ``torch.inference_mode``.
 
     Raises:
-        ValueError: the file was deleted, cut off or replaced since the cache was opened.
+        ValueError: the file was deleted, cut off or replaced since the cache was opened, its content is not what was
+            written, or it holds values that are not finite.
     """
-    if not find(folder, file):
-        raise ValueError(f"{folder / file.name} was deleted while it was in use; run `flux2 cache` again")
+    path = folder / file.name
+    found = find(folder, file)
+    if found is None:
+        raise ValueError(f"{path} was deleted while it was in use; run `flux2 cache` again")
+    begin, written = found
     with torch.inference_mode(False):
-        return TensorSource(folder / file.name).get(file.kind)
+        data = torch.empty(file.num_bytes, dtype=torch.uint8)
+        try:
+            with path.open("rb") as opened:
+                opened.seek(begin)
+                opened.readinto(data.numpy().data)
+        except OSError as error:
+            raise _unusable(path, str(error.strerror)) from error
+        tensor = data.view(file.dtype).reshape(file.shape)
+        if checksum(tensor) != written:
+            raise _unusable(path, "its content is not what was written")
+        if not is_finite(tensor):
+            raise _unusable(path, "it holds values that are not finite")
+    return tensor
+
+
+def write_cached(folder: Path, file: CacheFile, tensor: torch.Tensor) -> None:
+    """Writes a cached file, whole or not at all."""
+    tensor = tensor.to(file.dtype).contiguous()
+    metadata = {KEY_ENTRY: file.key, CHECKSUM_ENTRY: checksum(tensor)}
+    write_safetensors(folder / file.name, {file.kind: tensor}, metadata)
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """CRC-32 of the bytes of a contiguous tensor on the CPU: it finds what a disk or a copy has damaged."""
+    return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data):08x}"
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is infinite or no number; ten times as fast as asking for each."""
+    return bool(tensor.abs().max().isfinite())
+
+
+def _unusable(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} is no whole file of a cache: {reason}. Delete it and run `flux2 cache` again")
 
 
 def _latents_size(size: tuple[int, int]) -> tuple[int, int]:

@@ -7,6 +7,7 @@ where it was, and any number of processes may work on one folder.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,10 +16,8 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from ..flux2_core.files import write_safetensors
 from ..flux2_core.sampling import Stopped
 from ..flux2_core.variants import TextEncoderConfig
 from .cache_encoders import CaptionEncoder, PictureEncoder, prepare_picture
@@ -38,15 +37,16 @@ from .cache_manifest import (
     write_manifest,
 )
 from .cache_plan import (
-    KEY_ENTRY,
     CacheFile,
     PictureFile,
     TextFile,
+    is_finite,
     is_whole,
     plan_pictures,
     plan_text,
     sources,
     subset_of,
+    write_cached,
 )
 from .dataset import Dataset
 from .fingerprint import identify_autoencoder, identify_text_encoder
@@ -73,7 +73,7 @@ class CacheOptions:
     num_workers: int | None = None
     """Threads that read pictures; None: by the number of CPU cores."""
     skip_existing: bool = True
-    """False encodes everything again."""
+    """False reads and encodes everything again; True takes a picture of the same size and time of change as known."""
     on_progress: Progress | None = None
     should_stop: Callable[[], bool] | None = None
     """Asked between batches."""
@@ -159,7 +159,15 @@ def cache_latents(
     if options.barrier is not None and not options.process_index:
         options.barrier()
     encoder = PictureEncoder(autoencoder_path, identity, device=options.device, batch_size=options.batch_size)
-    num_encoded, num_kept = _fill(wanted, prepare_picture, encoder, options, "pictures")
+
+    def prepare(file: PictureFile) -> Tensor:
+        picture = prepare_picture(file)
+        # Asked for afterwards: the name of the cached file tells what the picture held when its manifest was made.
+        if not hashes[file.source].is_of(file.source):
+            raise ValueError(f"{file.source} changed while the dataset was cached; run the command again")
+        return picture
+
+    num_encoded, num_kept = _fill(wanted, prepare, encoder, options, "pictures")
     return CacheReport(what="latents", num_encoded=num_encoded, num_kept=num_kept, manifests=tuple(manifests))
 
 
@@ -237,9 +245,10 @@ class _Work(Generic[FileT]):
 
 def _hash_sources(dataset: Dataset, options: CacheOptions) -> dict[Path, PictureHash]:
     paths = [path for item in dataset.items for path in sources(item)]
+    believes_manifests = options.skip_existing or options.process_index  # those that process 0 has just written
     return hash_pictures(
         paths,
-        known_hashes(read_manifests(dataset)),
+        known_hashes(read_manifests(dataset)) if believes_manifests else {},
         num_workers=options.threads,
         on_progress=options.on_progress,
         should_stop=options.should_stop,
@@ -294,24 +303,24 @@ def _fill(
 def _write(work: _Work[FileT], tensor: Tensor) -> None:
     file = work.file
     assert tuple(tensor.shape) == file.shape, (tensor.shape, file)
-    if not torch.isfinite(tensor).all():
+    if not is_finite(tensor):
         what = repr(file.caption[:80]) if isinstance(file, TextFile) else str(getattr(file, "source", file.name))
         raise ValueError(f"the encoder gives values that are not finite for {what}; let it compute in bf16 or fp32")
     for folder in work.folders:
         with _writing(folder / file.name):
             folder.mkdir(parents=True, exist_ok=True)
-            write_safetensors(folder / file.name, {file.kind: tensor.to(file.dtype)}, {KEY_ENTRY: file.key})
+            write_cached(folder, file, tensor)
 
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    except OSError as error:
+        advice = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check its permissions"
         raise ValueError(
-            f"{path} cannot be written ({reason}); make room there, or set cache_directory to a folder of yours. What "
-            "was cached so far is kept"
+            f"{path} cannot be written ({error.strerror or error}); {advice}, or set cache_directory to a folder of "
+            "yours. What was cached so far is kept"
         ) from error
 
 

@@ -23,16 +23,17 @@ from flux2_kit.flux2_core.sampling import Stopped
 from flux2_kit.flux2_core.text_encoder import TextEncoder, load_text_encoder
 from flux2_kit.flux2_core.variants import VARIANTS
 from flux2_kit.flux2_core.weights import find_weights
-from flux2_kit.training import cache_encoders, encode
+from flux2_kit.training import cache_encoders, cache_manifest, encode
 from flux2_kit.training.buckets import fit_target
 from flux2_kit.training.cache import CachedDataset, CachedItem, open_cache
 from flux2_kit.training.cache_manifest import prune_cache
-from flux2_kit.training.cache_plan import plan_pictures, sources
+from flux2_kit.training.cache_plan import plan_pictures, sources, write_cached
 from flux2_kit.training.dataset import Dataset, list_dataset
 from flux2_kit.training.dataset_config import DatasetConfig, SubsetConfig
 from flux2_kit.training.encode import CacheOptions, cache_latents, cache_text
 from flux2_kit.training.fingerprint import identify_autoencoder
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 TINY = VARIANTS["tiny"]
@@ -419,16 +420,112 @@ def test_a_file_damaged_while_it_is_trained_on(filled):
     cache = opened(dataset)
     path = cache.items[0].folder / cache.items[0].files.latents.name
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ValueError, match="truncated"):
+    with pytest.raises(ValueError, match=r"cut off or damaged .*Delete it and run `flux2 cache` again"):
         cache.load(cache.items[0])
     path.unlink()
     with pytest.raises(ValueError, match="deleted while it was in use"):
         cache.load(cache.items[0])
 
 
+@pytest.mark.parametrize("kind", ["latents", "text"])
+def test_one_flipped_bit_is_found_when_the_file_is_read(filled, kind):
+    cache = opened(listing(filled))
+    path = filled / "flux2_cache" / min(cached_files(filled, kind))
+    content = bytearray(path.read_bytes())
+    content[-len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path.name} is no whole file of a cache: its content is not what was writ"):
+        for cached in opened(listing(filled)).items:
+            cache.load(cached)
+            cache.load(cached, drop_caption=True)
+    path.unlink()
+    fill(listing(filled))
+    for cached in opened(listing(filled)).items:
+        cache.load(cached)
+
+
+def hostile(path: Path, what: str) -> None:
+    """Puts another file in the place of a cached one, as a stranger could have made it."""
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as source:
+        metadata = source.metadata()
+    (kind,) = tensors
+    if what == "link":
+        path.rename(path.parent.parent / "elsewhere.safetensors")
+        path.symlink_to(path.parent.parent / "elsewhere.safetensors")
+    elif what == "shape":
+        save_file({kind: tensors[kind][:, :1].contiguous()}, path, metadata)
+    elif what == "dtype":
+        save_file({kind: tensors[kind].half()}, path, metadata)
+    elif what == "large header":
+        save_file(tensors, path, metadata | {"more": "x" * 10**6})
+    elif what == "no checksum":
+        save_file(tensors, path, {"flux2_kit.cache_key": metadata["flux2_kit.cache_key"]})
+    elif what == "second tensor":
+        save_file(tensors | {"other": torch.zeros(1)}, path, metadata)
+
+
+@pytest.mark.parametrize("what", ["link", "shape", "dtype", "large header", "no checksum", "second tensor"])
+def test_a_file_of_a_stranger_is_made_again(filled, what):
+    names = [min(cached_files(filled, kind)) for kind in ("latents", "text")]
+    whole = {name: (filled / "flux2_cache" / name).read_bytes() for name in names}
+    for name in names:
+        hostile(filled / "flux2_cache" / name, what)
+    with pytest.raises(ValueError, match=r"files missing|damaged files in the cache"):
+        opened(listing(filled))
+    assert fill(listing(filled)) == (1, 1)
+    for name in names:
+        path = filled / "flux2_cache" / name
+        assert path.read_bytes() == whole[name] and not path.is_symlink()
+
+
+def test_values_that_are_not_finite_are_not_trained(filled):
+    cache = opened(listing(filled))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        tensor = torch.zeros(cache.items[0].files.latents.shape)
+        tensor[5, 0, 1] = bad
+        write_cached(cache.items[0].folder, cache.items[0].files.latents, tensor)
+        with pytest.raises(ValueError, match="no whole file of a cache: it holds values that are not finite"):
+            cache.load(cache.items[0])
+
+
 def test_everything_again_when_asked_for(filled):
     dataset = listing(filled)
     assert fill(dataset, skip_existing=False) == (3, 4)
+
+
+def test_a_picture_that_hides_its_change_is_seen_when_all_is_encoded_again(filled):
+    before = opened(listing(filled)).digest
+    path = filled / "a.bmp"  # without compression: another picture has as many bytes
+    (filled / "a.png").unlink()
+    for seed in (5, 6):
+        draw(path, seed)
+        os.utime(path, (1, 1))
+        fill(listing(filled), skip_existing=False)
+        cache = opened(listing(filled))
+        with torch.inference_mode():
+            fitted = image_to_tensor(fit_target(load_image(path), cache.items[0].item.bucket))
+            expected = load_autoencoder(AUTOENCODER).encode(fitted)[0]
+        assert torch.equal(cache.load(cache.items[0]).latents, expected)
+        assert cache.digest != before
+        before = cache.digest
+
+
+def test_a_picture_that_changes_while_it_is_encoded(filled, monkeypatch):
+    """What it holds now must not get the name of what it held before."""
+    draw(filled / "a.png", 20)
+    dataset = listing(filled)
+    prepare = encode.prepare_picture
+
+    def edit_first(file):
+        draw(file.source, 21)
+        return prepare(file)
+
+    monkeypatch.setattr(encode, "prepare_picture", edit_first)
+    with pytest.raises(ValueError, match=r"a.png changed while the dataset was cached; run the command again"):
+        fill(dataset)
+    monkeypatch.undo()
+    assert fill(listing(filled)) == (1, 0)
 
 
 def test_a_moved_dataset_keeps_its_cache(filled):
@@ -568,9 +665,47 @@ def test_a_manifest_is_written_before_anything_is_encoded(folder):
     assert [path.exists() for path in cached] == [False, True]
 
 
-def the_manifest(cache: Path) -> Path:
+def test_a_manifest_that_cannot_be_read(filled, monkeypatch):
+    path = the_manifest(filled / "flux2_cache", "latents")
+    read = Path.read_bytes
+
+    def refuse(self):
+        if self == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ValueError, match=r"manifest-latents.* cannot be read \(Permission denied\); check its"):
+        opened(listing(filled))
+
+
+def test_pruning_beside_a_run_that_has_just_begun(filled, monkeypatch):
+    """Its manifest and its files come when the manifests were listed."""
+    large = listing(filled, resolution=(96, 96))
+    real = cache_manifest.list_manifests
+
+    def list_late(folder):
+        monkeypatch.undo()
+        manifests = real(folder)
+        fill(large)
+        return manifests
+
+    monkeypatch.setattr(cache_manifest, "list_manifests", list_late)
+    assert prune_cache(listing(filled)).num_deleted == 0
+    assert fill(large) == (0, 0)
+
+
+def test_pruning_what_another_run_has_pruned(filled, monkeypatch):
+    unnamed = filled / "flux2_cache" / f"text-{'0' * 32}.safetensors"
+    unnamed.write_text("x")
+    real = cache_manifest.list_manifests
+    monkeypatch.setattr(cache_manifest, "list_manifests", lambda folder: (unnamed.unlink(), real(folder))[1])
+    assert prune_cache(listing(filled)).num_deleted == 0
+
+
+def the_manifest(cache: Path, what: str = "") -> Path:
     """The one manifest of a folder."""
-    (manifest,) = (path for path in cache.iterdir() if path.name.startswith("manifest-"))
+    (manifest,) = (path for path in cache.iterdir() if path.name.startswith(f"manifest-{what}"))
     return manifest
 
 
@@ -686,13 +821,13 @@ def test_a_read_only_folder(folder, monkeypatch):
     else:
         cache.mkdir()
         cache.chmod(0o555)
-    with pytest.raises(ValueError, match=r"cannot be written .*set cache_directory to a folder of yours"):
+    with pytest.raises(ValueError, match=r"cannot be written .*; check its permissions, or set cache_directory"):
         fill(dataset)
     monkeypatch.undo()
     cache.chmod(0o755)
     fill(dataset)
     cache.chmod(0o555)
-    monkeypatch.setattr(encode, "write_safetensors", None)
+    monkeypatch.setattr(encode, "write_cached", None)
     times = [path.stat().st_mtime_ns for path in sorted(cache.iterdir())]
     assert fill(dataset) == (0, 0)  # a whole cache is used as it is
     assert [path.stat().st_mtime_ns for path in sorted(cache.iterdir())] == times
@@ -702,15 +837,15 @@ def test_a_read_only_folder(folder, monkeypatch):
 
 def test_a_full_disk_keeps_what_was_written(folder, monkeypatch):
     dataset = listing(folder)
-    write = encode.write_safetensors
+    write = encode.write_cached
     written = []
 
-    def write_until_full(path, *rest):
+    def write_until_full(folder, file, tensor):
         if len(written) == 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        written.append(write(path, *rest))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / file.name))
+        written.append(write(folder, file, tensor))
 
-    monkeypatch.setattr(encode, "write_safetensors", write_until_full)
+    monkeypatch.setattr(encode, "write_cached", write_until_full)
     with pytest.raises(ValueError, match=r"cannot be written \(No space left.*make room there"):
         fill(dataset)
     monkeypatch.undo()
