@@ -1,6 +1,7 @@
 """What is trained on: the list of a dataset's pictures with all that belongs to them.
 
-Only headers of pictures are read. Settings are in `dataset_config`.
+Of pictures only the headers are read, and whole files where equal ones could come to both sides of a validation split.
+Settings are in `dataset_config`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..flux2_core.files import read_limited
@@ -32,6 +33,8 @@ OTHER_PICTURE_SUFFIXES = (".gif", ".heic", ".heif", ".jp2", ".jxl", ".tif", ".ti
 CAPTION_SUFFIXES = (".txt", ".caption", ".cap")
 """Ends of names that tools give to captions; looked for where the dataset's own finds none."""
 TABLE_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
+TRIGGER_PLACEHOLDER = "[trigger]"
+"""Stands for the trigger word in captions written for ai-toolkit."""
 MAX_CAPTION_BYTES = 2**20
 MAX_MASK_ASPECT_ERROR = 0.02
 """How far the aspect of a mask may be from its picture's."""
@@ -67,7 +70,7 @@ class Dataset:
     """Settings and pictures."""
 
     config: DatasetConfig
-    items: tuple[DatasetItem, ...] = field(default_factory=tuple)
+    items: tuple[DatasetItem, ...] = ()
     """In the order of the subsets; repeats are not expanded."""
 
 
@@ -101,18 +104,20 @@ def list_dataset(config: DatasetConfig, *, seed: int = 0) -> Dataset:
     items: list[DatasetItem] = []
     for index, subset in enumerate(config.subsets):
         items += _list_subset(index, subset, config.roots, seed)
-    return Dataset(config=config, items=tuple(items))
+    return Dataset(config=config, items=tuple(_hold_out(config, items)))
 
 
 def caption_orders(caption: str, subset: SubsetConfig, *, seed: int = 0) -> tuple[str, ...]:
-    """The texts a caption is trained with: trigger word in front, other orders of its parts where they are shuffled.
+    """The texts a caption is trained with: trigger word put in, other orders of its parts where they are shuffled.
+
+    The trigger word takes the place of ``[trigger]``, else it comes in front, unless the caption has it already.
 
     The same caption, settings and seed give the same texts on every machine.
     """
     orders = [caption]
     join = subset.caption_separator if subset.caption_separator[-1].isspace() else f"{subset.caption_separator} "
     if subset.shuffle_caption:
-        parts = [part.strip() for part in caption.split(subset.caption_separator.strip())]
+        parts = [part.strip() for part in caption.split(subset.caption_separator.strip()) if part.strip()]
         fixed, free = parts[: subset.keep_parts], parts[subset.keep_parts :]
         limit = min(subset.num_caption_orders, math.factorial(min(len(free), 12)))
         # Parts that stand twice make equal orders, so there may be fewer than the limit.
@@ -154,7 +159,9 @@ def _list_subset(index: int, subset: SubsetConfig, roots: Sequence[Path] | None,
             problems.add(f"{entry.where}: {error}")
     problems.raise_if_any(str(subset.place))
     _tell_missing_captions(subset, items)
-    return _split_off_validation(subset, items)
+    if not subset.trigger_word and any(TRIGGER_PLACEHOLDER in item.captions[0] for item in items):
+        logger.warning("%s: %s in captions stays, as there is no trigger_word", subset.place, TRIGGER_PLACEHOLDER)
+    return items
 
 
 def _entries_of_folder(subset: SubsetConfig, folder: Path, roots: Sequence[Path] | None) -> list[_Entry]:
@@ -322,7 +329,7 @@ def _make_item(
             raise ValueError(f"reference {path.name}: {error}") from error
     if entry.mask is not None:
         _check_mask(size_of(entry.mask, f"mask {entry.mask.name}"), size, entry.mask.name)
-    caption = (entry.caption or "").strip()
+    caption = (entry.caption or "").replace("\r\n", "\n").replace("\r", "\n").strip()
     return DatasetItem(
         subset=index,
         name=_name_in(subset.folder, entry.image),
@@ -355,7 +362,7 @@ def _check_mask(mask: tuple[int, int], size: tuple[int, int], name: str) -> None
 
 
 def _tell_missing_captions(subset: SubsetConfig, items: Sequence[DatasetItem]) -> None:
-    """Warns; refuses where no picture has a caption, but files with captions lie beside them.
+    """Warns; refuses where no picture has a caption, but captions lie beside them in other files.
 
     Raises:
         ValueError: that is so.
@@ -376,7 +383,10 @@ def _tell_missing_captions(subset: SubsetConfig, items: Sequence[DatasetItem]) -
                 )
         table = next((name for name in TABLE_NAMES if any(file.name == name for file in files)), None)
         if table is not None:
-            logger.warning("%s: captions may be in %s; give that file to use it", subset.place, table)
+            raise ValueError(
+                f"{subset.place}: no picture has a caption, but there is {table}; give that file as the dataset (in "
+                f'settings: metadata_file = "{table}"), or move it away to train without captions'
+            )
     logger.warning(
         "%s: pictures without caption (%d of %d) are trained with %s: %s",
         subset.place,
@@ -405,19 +415,64 @@ def _say_no_pictures(folder: Path) -> str:
     return text
 
 
-def _split_off_validation(subset: SubsetConfig, items: list[DatasetItem]) -> list[DatasetItem]:
-    """Marks the pictures that are held out: the share that is asked for, at least one, and never all."""
-    if not subset.validation_fraction:
-        return items
-    names = sorted({item.name for item in items}, key=validation_order)
-    if len(names) < 2:
-        raise ValueError(f"{subset.place} has one picture, so none can be held out; set validation_fraction to 0")
-    held_out = set(names[: min(max(round(subset.validation_fraction * len(names)), 1), len(names) - 1)])
-    return [replace(item, is_validation=item.name in held_out) for item in items]
+def _hold_out(config: DatasetConfig, items: Sequence[DatasetItem]) -> list[DatasetItem]:
+    """Marks the pictures that are held out: of each subset the share that it asks for, at least one, and never all.
+
+    What is held out is trained nowhere, neither from another file of the same content nor in another subset.
+    """
+    shares = {index: subset.validation_fraction for index, subset in enumerate(config.subsets)}
+    if not any(shares.values()):
+        return list(items)
+    contents = _contents(item.image for item in items)
+    places: dict[int, dict[str, float]] = {index: {} for index, share in shares.items() if share}
+    for item in items:
+        if item.subset in places:
+            content, place = contents[item.image], validation_order(item.name)
+            places[item.subset][content] = min(place, places[item.subset].get(content, place))
+    held_out: set[str] = set()
+    for index, place_of in places.items():
+        order = sorted(place_of, key=place_of.__getitem__)
+        if len(order) < 2:
+            raise ValueError(
+                f"{config.subsets[index].place} has one picture to tell apart, so none can be held out; "
+                "set validation_fraction to 0"
+            )
+        held_out |= set(order[: min(max(round(shares[index] * len(order)), 1), len(order) - 1)])
+    if held_out.issuperset(contents.values()):
+        raise ValueError("every picture is held out by one [[datasets]] or another; lower validation_fraction")
+    return [replace(item, is_validation=contents[item.image] in held_out) for item in items]
+
+
+def _contents(paths: Iterable[Path]) -> dict[Path, str]:
+    """A text for each file that is the same for files of the same content. Files of a length of their own are not read.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    same_length: dict[int, list[Path]] = {}
+    try:
+        for path in dict.fromkeys(paths):
+            same_length.setdefault(path.stat().st_size, []).append(path)
+        return {
+            path: str(path) if len(group) == 1 else _digest(path) for group in same_length.values() for path in group
+        }
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read ({error.strerror}); check the dataset") from error
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _with_trigger(caption: str, trigger: str | None, join: str) -> str:
-    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
+    if not trigger:
+        return caption
+    caption = caption.replace(TRIGGER_PLACEHOLDER, trigger)
+    if re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
         return caption
     return f"{trigger}{join}{caption}" if caption else trigger
 

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 FOLDER_SIDE = 1024
 """Side in pixels of the square whose area pictures of a bare folder or table are trained at."""
 MAX_SIDE = 8192
+MAX_BATCH_SIZE = 4096
 """Largest side of a resolution, in pixels."""
 MAX_CAPTION_ORDERS = 64
 MAX_REPEATS = 1_000_000
@@ -104,7 +105,7 @@ class SubsetConfig:
         _check_resolution("resolution", self.resolution)
         if self.control_resolution is not None:
             _check_resolution("control_resolution", self.control_resolution)
-        _check_range("batch_size", self.batch_size, 1, 4096)
+        _check_range("batch_size", self.batch_size, 1, MAX_BATCH_SIZE)
         _check_range("num_repeats", self.num_repeats, 1, MAX_REPEATS)
         _check_range("keep_parts", self.keep_parts, 0, 1000)
         _check_range("num_caption_orders", self.num_caption_orders, 1, MAX_CAPTION_ORDERS)
@@ -245,6 +246,8 @@ def _parse(data: Mapping[str, Any], base: Path, roots: tuple[Path, ...] | None) 
     entries = data.get("datasets")
     if not isinstance(general, dict):
         raise ValueError("general must be a table: [general]")
+    if isinstance(entries, dict):
+        raise ValueError("[datasets] is one table, and a list is needed; write [[datasets]]")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError("there is no [[datasets]]; add one for each folder or table of pictures")
     if len(entries) > MAX_SUBSETS:
@@ -353,7 +356,10 @@ def _read_int(value: Any) -> int:
 def _read_float(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError("is too large a number") from None
 
 
 def _read_bool(value: Any) -> bool:

@@ -15,7 +15,8 @@ def resolve_named(text: str, base: Path, roots: Sequence[Path] | None, what: str
     """The path that a file means by ``text``: from ``base``, its folder, or else from the working directory.
 
     Args:
-        text: as it stands in the file.
+        text: as it stands in the file. Backslashes separate folders, as where it was written on Windows, unless a file
+            is really called so.
         base: the file's folder.
         roots: resolved folders in which it must lie; None allows any place.
         what: for messages, such as the key.
@@ -26,9 +27,14 @@ def resolve_named(text: str, base: Path, roots: Sequence[Path] | None, what: str
     """
     if "://" in text:
         raise ValueError(f"{what} is {text!r}; nothing is fetched, so download it first and give its path")
+    if "\0" in text:
+        raise ValueError(f"{what} is {text[:200]!r}, which is no path; correct it")
     try:
-        named = Path(text).expanduser()
-        places = [base / named] if new else list(dict.fromkeys((base / named, Path.cwd() / named)))
+        spellings = [Path(spelling).expanduser() for spelling in dict.fromkeys((text.replace("\\", "/"), text))]
+        if new:
+            places = [base / spellings[0]]
+        else:
+            places = list(dict.fromkeys(folder / path for path in spellings for folder in (base, Path.cwd())))
         allowed = [place for place in places if is_inside(place, roots)]
         found = next((place for place in allowed if place.exists()), None)
     except (OSError, RuntimeError, ValueError) as error:
@@ -58,19 +64,26 @@ def check_inside(path: Path, roots: Sequence[Path] | None, what: str) -> None:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """The files of a folder by name, hidden ones left out.
+    """The files of a folder by name, hidden ones left out. Links that lead nowhere are listed, so that they are told.
 
     Raises:
         ValueError: it is no folder, cannot be read, or holds more than `MAX_FILES`.
     """
     try:
         with os.scandir(folder) as entries:
-            files = [Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+            files = [Path(entry.path) for entry in entries if not entry.name.startswith(".") and _is_file(entry)]
     except OSError as error:
         raise ValueError(f"{folder} cannot be listed ({error.strerror}); give a folder with pictures") from error
     if len(files) > MAX_FILES:
         raise ValueError(f"{folder} holds {len(files)} files; at most {MAX_FILES} are read. Split it into several.")
     return sorted(files, key=lambda file: comparable(file.name))
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    if not entry.is_symlink():
+        return entry.is_file()
+    target = Path(entry.path)
+    return target.is_file() or not target.exists()
 
 
 def comparable(name: str) -> str:

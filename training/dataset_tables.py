@@ -1,4 +1,4 @@
-"""Tables of pictures: musubi-tuner's JSONL, and DiffSynth-Studio's CSV, JSON and JSONL."""
+"""Tables of pictures: musubi-tuner's JSONL, DiffSynth-Studio's CSV, JSON and JSONL, Hugging Face's imagefolder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import csv
 import io
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,17 @@ from typing import Any
 from ..flux2_core.files import read_limited
 from .dataset_paths import MAX_FILES, resolve_named
 
+logger = logging.getLogger(__name__)
+
 TABLE_SUFFIXES = (".jsonl", ".csv", ".json")
 MAX_TABLE_BYTES = 256 * 2**20
 MAX_SHOWN = 10
 """Problems of one kind that are named; the rest is counted."""
-IMAGE_KEYS = ("image", "image_path")
-CAPTION_KEYS = ("prompt", "caption")
+IMAGE_KEYS = ("image", "image_path", "file_name")
+CAPTION_KEYS = ("prompt", "caption", "text")
 REFERENCES_KEYS = ("edit_image", "control_path")
+MASK_KEY = "mask_path"
+USED_KEYS = frozenset((*IMAGE_KEYS, *CAPTION_KEYS, *REFERENCES_KEYS, MASK_KEY))
 NUMBERED_REFERENCE = re.compile(r"control_path_(\d{1,4})")
 REFUSED_KEYS = {
     "video": "this table is for video, and FLUX.2 makes pictures",
@@ -69,8 +74,9 @@ def shorten_names(names: Sequence[str]) -> str:
 def read_table(path: Path, roots: Sequence[Path] | None) -> list[TableRow]:
     """The rows of a table, in its order.
 
-    Columns are image (or image_path), prompt (or caption), edit_image (a path or a list of paths; or control_path, or
-    control_path_0, control_path_1, ...) and mask_path; others are left alone. Paths are relative to the table.
+    Columns are image (or image_path, file_name), prompt (or caption, text), edit_image (a path or a list of paths; or
+    control_path, or control_path_0, control_path_1, ...) and mask_path; others are logged as not used. Paths are
+    relative to the table.
 
     Raises:
         ValueError: the table is too large or damaged; or rows are incomplete or name files that are missing or outside
@@ -80,6 +86,7 @@ def read_table(path: Path, roots: Sequence[Path] | None) -> list[TableRow]:
         raise ValueError(f"{path} is no table; give a file ending in {', '.join(TABLE_SUFFIXES)}")
     rows: list[TableRow] = []
     problems = Problems()
+    unused: set[str] = set()
     for where, fields in _read_fields(path):
         if len(rows) >= MAX_FILES:
             raise ValueError(f"{path} has more than {MAX_FILES} pictures; split it into several")
@@ -87,9 +94,12 @@ def read_table(path: Path, roots: Sequence[Path] | None) -> list[TableRow]:
             rows.append(_read_row(where, fields, path.parent, roots))
         except ValueError as error:
             problems.add(f"{where}: {error}")
+        unused |= {key for key in fields.keys() - USED_KEYS if key and not NUMBERED_REFERENCE.fullmatch(key)}
     problems.raise_if_any(str(path))
     if not rows:
         raise ValueError(f"{path} names no pictures; write one a line")
+    if unused:
+        logger.warning("%s: columns that are not used: %s", path, shorten_names(sorted(unused)))
     return rows
 
 
@@ -148,13 +158,13 @@ def _read_row(where: str, fields: Mapping[str, Any], base: Path, roots: Sequence
             raise ValueError(f"{key}: {reason}; leave it out")
     image = _first(fields, IMAGE_KEYS)
     if not isinstance(image, str) or not image.strip():
-        raise ValueError(f"there is no picture; give its path as {IMAGE_KEYS[0]} (or {IMAGE_KEYS[1]})")
+        raise ValueError(f"there is no picture; give its path as {_say_keys(IMAGE_KEYS, fields)}")
     caption = _first(fields, CAPTION_KEYS)
     if not isinstance(caption, str):
-        raise ValueError(f"there is no text for {image}; give it as {CAPTION_KEYS[0]} (or {CAPTION_KEYS[1]})")
-    mask = fields.get("mask_path") or None
+        raise ValueError(f"there is no text for {image}; give it as {_say_keys(CAPTION_KEYS, fields)}")
+    mask = fields.get(MASK_KEY) or None
     if mask is not None and not isinstance(mask, str):
-        raise ValueError(f"mask_path must be a path, got {mask!r}")
+        raise ValueError(f"{MASK_KEY} must be a path, got {mask!r}")
     return TableRow(
         where=where,
         image=resolve_named(image.strip(), base, roots, "the picture"),
@@ -162,6 +172,11 @@ def _read_row(where: str, fields: Mapping[str, Any], base: Path, roots: Sequence
         references=tuple(resolve_named(text, base, roots, "a reference") for text in _read_references(fields)),
         mask=None if mask is None else resolve_named(mask.strip(), base, roots, "the mask"),
     )
+
+
+def _say_keys(names: Sequence[str], fields: Mapping[str, Any]) -> str:
+    found = shorten_names([repr(key) for key in fields if key]) or "none"
+    return f"{names[0]} (or {', '.join(names[1:])}); the keys here are {found}"
 
 
 def _first(fields: Mapping[str, Any], names: Sequence[str]) -> Any:

@@ -18,6 +18,7 @@ from flux2_kit.training.dataset import (
     caption_orders,
     list_dataset,
     load_dataset_config,
+    validation_order,
 )
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -95,6 +96,16 @@ class TestFolders:
     def test_a_folder_without_pictures_is_refused_naming_the_folders_in_it(self, tmp_path):
         save(tmp_path / "pictures" / "inner" / "a.png")
         with pytest.raises(ValueError, match=r"no pictures in .*Folders inside are not searched.*inner"):
+            list_folder(tmp_path)
+
+    def test_links_that_lead_nowhere_are_told(self, tmp_path):
+        save(tmp_path / "elsewhere" / "a.png")
+        caption(save(tmp_path / "pictures" / "b.png"))
+        (tmp_path / "pictures" / "a.png").symlink_to(tmp_path / "elsewhere" / "a.png")
+        (tmp_path / "pictures" / "folder").symlink_to(tmp_path / "elsewhere")
+        assert [item.name for item in list_folder(tmp_path).items] == ["a.png", "b.png"]
+        (tmp_path / "elsewhere" / "a.png").unlink()
+        with pytest.raises(ValueError, match=r"a\.png: no picture at"):
             list_folder(tmp_path)
 
     def test_pictures_of_other_kinds_are_told(self, tmp_path, caplog):
@@ -210,11 +221,17 @@ class TestCaptions:
             list_folder(tmp_path)
         assert list_folder(tmp_path, caption_extension=".caption").items[0].captions == ("x",)
 
-    def test_a_table_in_a_folder_without_captions_is_named(self, tmp_path, caplog):
+    def test_a_table_in_a_folder_without_captions_is_an_error_that_names_it(self, tmp_path):
         save(tmp_path / "pictures" / "a.png")
         (tmp_path / "pictures" / "metadata.csv").write_text("image,prompt\na.png,x\n")
-        list_folder(tmp_path)
-        assert "captions may be in metadata.csv" in caplog.text
+        with pytest.raises(ValueError, match=r"no picture has a caption, but there is metadata\.csv"):
+            list_folder(tmp_path)
+        caption(tmp_path / "pictures" / "a.png")
+        assert list_folder(tmp_path).items[0].captions == ("x",)
+
+    def test_lines_end_alike_whatever_system_wrote_them(self, tmp_path):
+        save(tmp_path / "pictures" / "a.png").with_suffix(".txt").write_bytes(b"one\r\ntwo\rthree\n\nfour\r\n")
+        assert list_folder(tmp_path).items[0].captions == ("one\ntwo\nthree\n\nfour",)
 
     def test_captions_that_are_no_text_are_refused(self, tmp_path):
         save(tmp_path / "pictures" / "a.png").with_suffix(".txt").write_bytes("ä".encode("utf-16"))
@@ -230,11 +247,22 @@ class TestCaptions:
             ("a sksy cat", "sks, a sksy cat"),
             ("it asks", "sks, it asks"),
             ("", "sks"),
+            ("a photo of [trigger], red; [trigger]", "a photo of sks, red; sks"),
+            ("[trigger]", "sks"),
         ],
     )
     def test_the_trigger_word_comes_first_where_it_is_not_there_already(self, text, result):
         subset = SubsetConfig(image_directory=Path("x"), trigger_word="sks")
         assert caption_orders(text, subset) == (result,)
+
+    def test_a_placeholder_without_trigger_word_is_told(self, tmp_path, caplog):
+        caption(save(tmp_path / "pictures" / "a.png"), "a [trigger]")
+        assert list_folder(tmp_path).items[0].captions == ("a [trigger]",)
+        assert "[trigger] in captions stays" in caplog.text
+
+    def test_empty_parts_are_no_parts(self):
+        subset = SubsetConfig(image_directory=Path("x"), shuffle_caption=True, num_caption_orders=64)
+        assert caption_orders("a, , b,", subset) == ("a, , b,", "b, a")
 
     def test_parts_are_shuffled_by_seed_and_caption(self):
         subset = SubsetConfig(
@@ -414,6 +442,33 @@ class TestTables:
             (item,) = list_dataset(load_dataset_config(source)).items
             assert [reference.name for reference in item.references] == ["b.png", "a.png"]
 
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("metadata.csv", "file_name,text,id\r\ntrain/a.png,one,7\r\n"),
+            ("metadata.jsonl", '{"file_name": "train/a.png", "text": "one", "id": 7}\n'),
+        ],
+    )
+    def test_imagefolder_of_hugging_face(self, tmp_path, caplog, name, content):
+        save(tmp_path / "train" / "a.png")
+        (tmp_path / name).write_bytes(content.encode())
+        (item,) = list_dataset(load_dataset_config(tmp_path / name)).items
+        assert (item.name, item.captions, item.references) == ("train/a.png", ("one",), ())
+        assert f"{name}: columns that are not used: id" in caplog.text
+
+    def test_columns_that_are_used_are_not_told(self, tmp_path, caplog):
+        save(tmp_path / "a.png")
+        list_rows(tmp_path, [{"image_path": "a.png", "caption": "x", "control_path_0": "a.png", "mask_path": "a.png"}])
+        assert not caplog.records
+
+    def test_backslashes_separate_folders(self, tmp_path):
+        save(tmp_path / "one" / "a.png")
+        (item,) = list_rows(tmp_path, [{"image": "one\\a.png", "prompt": "x"}]).items
+        assert item.image == tmp_path / "one" / "a.png"
+        save(tmp_path / "odd\\name.png")
+        (item,) = list_rows(tmp_path, [{"image": "odd\\name.png", "prompt": "x"}]).items
+        assert item.image == tmp_path / "odd\\name.png"
+
     def test_tables_may_go_with_a_folder_of_references(self, tmp_path):
         save(tmp_path / "one" / "a.png")
         save(tmp_path / "control" / "a_0.png")
@@ -431,7 +486,8 @@ class TestTables:
         ("row", "message"),
         [
             ({"image": "missing.png", "prompt": "x"}, "line 2: the picture: nothing is at"),
-            ({"prompt": "x"}, "line 2: there is no picture"),
+            ({"Image": "a.png", "prompt": "x"}, "line 2: there is no picture.*the keys here are 'Image', 'prompt'"),
+            ({"image": "a\0.png", "prompt": "x"}, "line 2: the picture is .* no path"),
             ({"image": 3, "prompt": "x"}, "line 2: there is no picture"),
             ({"image": "a.png"}, "line 2: there is no text for a.png"),
             ({"image": "a.png", "prompt": "x", "edit_image": [3]}, "line 2: references must be a path or a list"),
@@ -505,12 +561,12 @@ class TestValidation:
     def test_few_change_sides_when_pictures_are_added(self, tmp_path, caplog):
         caplog.set_level(logging.ERROR)
         for index in range(40):
-            save(tmp_path / "pictures" / f"{index}.png")
+            save(tmp_path / "pictures" / f"{index}.png", (80 + index, 64))
         before = self.held_out(tmp_path, 0.25)
         assert len(before) == 10
         assert before == self.held_out(tmp_path, 0.25)
         for index in range(40, 44):
-            save(tmp_path / "pictures" / f"{index}.png")
+            save(tmp_path / "pictures" / f"{index}.png", (80 + index, 64))
         after = self.held_out(tmp_path, 0.25)
         assert len(after) == 11 and len(before & after) >= 7
         assert self.held_out(tmp_path, 0.1) < after
@@ -518,23 +574,69 @@ class TestValidation:
     def test_the_share_is_what_was_asked_for_in_small_folders_too(self, tmp_path, caplog):
         caplog.set_level(logging.ERROR)
         for index in range(10):
-            save(tmp_path / "pictures" / f"{index}.png")
+            save(tmp_path / "pictures" / f"{index}.png", (80 + index, 64))
         for fraction, count in ((0.1, 1), (0.2, 2), (0.5, 5), (0.9, 9)):
             assert len(self.held_out(tmp_path, fraction)) == count
 
     def test_at_least_one_is_held_out_and_one_is_trained(self, tmp_path):
         for index in range(2):
-            caption(save(tmp_path / "pictures" / f"{index}.png"))
+            caption(save(tmp_path / "pictures" / f"{index}.png", (80 + index, 64)))
         for fraction in (0.001, 0.5, 0.9):
             assert len(self.held_out(tmp_path, fraction)) == 1
         assert not self.held_out(tmp_path, 0)
         (tmp_path / "pictures" / "0.png").unlink()
-        with pytest.raises(ValueError, match="has one picture"):
+        with pytest.raises(ValueError, match="has one picture to tell apart"):
             self.held_out(tmp_path, 0.5)
 
+    @pytest.mark.parametrize("side", ["first", "second"])
+    def test_what_is_held_out_is_trained_nowhere(self, tmp_path, side):
+        """The same content under another name, and the same folder in another subset."""
+        for index in range(12):
+            caption(save(tmp_path / "pictures" / f"{index}.png", (80 + index, 64)))
+        alone = list_dataset(load_dataset_config(self.settings(tmp_path, [0.3]))).items
+        held_out = {item.name for item in alone if item.is_validation}
+        assert len(held_out) == 4
+        for name in held_out:
+            caption(tmp_path / "pictures" / f"copy of {name}").with_suffix(".png").write_bytes(
+                (tmp_path / "pictures" / name).read_bytes()
+            )
+        items = list_dataset(
+            load_dataset_config(self.settings(tmp_path, [0.3, 0] if side == "first" else [0, 0.3]))
+        ).items
+        assert len(items) == 32
+        trained = {item.image.read_bytes() for item in items if not item.is_validation}
+        tested = {item.image.read_bytes() for item in items if item.is_validation}
+        assert (len(trained), len(tested)) == (8, 4) and not trained & tested
+
+    def test_files_of_the_same_length_are_compared_by_content(self, tmp_path):
+        for index in range(8):
+            Image.new("RGB", (80, 64), (index, 0, 0)).save(tmp_path / f"{index}.bmp")
+        assert len({path.stat().st_size for path in tmp_path.iterdir()}) == 1
+        path = tmp_path / "dataset.json"
+        path.write_text(json.dumps({"datasets": [{"image_directory": ".", "validation_fraction": 0.25}]}))
+        assert sum(item.is_validation for item in list_dataset(load_dataset_config(path)).items) == 2
+
+    def test_subsets_that_hold_out_each_others_pictures_are_refused(self, tmp_path):
+        sizes = {"a": (80, 64), "b": (64, 80)}
+        first, second = sorted(sizes, key=validation_order)
+        for folder, names in [("one", (first, second)), ("two", (second, first))]:
+            for name, content in zip("ab", names, strict=True):
+                caption(save(tmp_path / folder / f"{name}.png", sizes[content]))
+        path = tmp_path / "dataset.json"
+        entries = [{"image_directory": folder, "validation_fraction": 0.5} for folder in ("one", "two")]
+        path.write_text(json.dumps({"datasets": entries}))
+        with pytest.raises(ValueError, match="every picture is held out"):
+            list_dataset(load_dataset_config(path))
+
+    def settings(self, folder: Path, fractions: list[float]) -> Path:
+        path = folder / "dataset.json"
+        entries = [{"image_directory": "pictures", "validation_fraction": fraction} for fraction in fractions]
+        path.write_text(json.dumps({"datasets": entries}))
+        return path
+
     def test_rows_of_one_picture_stay_together(self, tmp_path):
-        for name in "abcdefgh":
-            save(tmp_path / f"{name}.png")
+        for index, name in enumerate("abcdefgh"):
+            save(tmp_path / f"{name}.png", (80 + index, 64))
         table = tmp_path / "rows.jsonl"
         rows = [{"image": f"{name}.png", "prompt": text} for name in "abcdefgh" for text in "12"]
         table.write_text("\n".join(map(json.dumps, rows)))

@@ -36,7 +36,7 @@ def settings(tmp_path: Path) -> Path:
     save(tmp_path / "control" / "plain.png", (100, 100), GREEN)
     save(tmp_path / "control" / "silent.png", (100, 100), GREEN)
     for index in range(3):
-        save(tmp_path / "two" / f"{index}.png", (300, 200), BLUE, caption="blue")
+        save(tmp_path / "two" / f"{index}.png", (300, 200), (0, index, 255), caption="blue")
     first: dict[str, Any] = {"image_directory": "one [v1]", "control_directory": "control", "num_repeats": 3}
     second: dict[str, Any] = {"image_directory": "two", "enable_bucket": False, "resolution": [128, 64]}
     path = tmp_path / "dataset.json"

@@ -163,6 +163,8 @@ def test_keys_of_video_are_refused_by_name(pictures, key, in_general):
         ({"enable_bucket": 1}, "enable_bucket must be true or false"),
         ({"caption_dropout": 1.5}, "caption_dropout is 1.5"),
         ({"caption_dropout": "x"}, "caption_dropout must be a number"),
+        ({"caption_dropout": 10**400}, "caption_dropout is too large"),
+        ({"cache_directory": "a\0b"}, "cache_directory is .* no path"),
         ({"validation_fraction": 1}, "validation_fraction is 1"),
         ({"num_caption_orders": 0}, "num_caption_orders is 0"),
         ({"caption_separator": " "}, "caption_separator is blank"),
@@ -190,6 +192,7 @@ def test_wrong_settings_are_refused_with_file_and_entry(pictures, keys, message)
     [
         ("[[datasets]\n", "not valid TOML"),
         ("[general]\nresolution = 512\n", r"no \[\[datasets\]\]"),
+        ('[datasets]\nimage_directory = "x"\n', r"write \[\[datasets\]\]"),
         ("datasets = []\n", r"no \[\[datasets\]\]"),
         ("datasets = [1]\n", r"no \[\[datasets\]\]"),
         ("general = 1\n[[datasets]]\n", "general must be a table"),
