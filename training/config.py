@@ -85,6 +85,9 @@ class MonitorConfig:
             self.sample_prompts
         ):
             raise ValueError("samples are asked for, but there is no file of prompts; give sample_prompts")
+        for what in ("logging_dir", "log_tracker_name", "wandb_run_name"):
+            if getattr(self, what) is not None and self.log_with is None:
+                raise ValueError(f"{what} is {getattr(self, what)}, which has no effect without log_with; give both")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,10 @@ DOTS_PER_INCH = 120
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 NUM_QUANTILES = 20_000
 NUM_BINS = 120
+NUM_ROWS = 20
+"""Of a table in text; divides NUM_BINS."""
+BAR_LENGTH = 50
+"""Of its longest bar, in characters."""
 MAX_SIZES = 4
 """Sizes that get a line of their own."""
 LINE_LENGTH = 115
@@ -79,40 +83,85 @@ def draw_curves(metrics: Path | Sequence[Mapping[str, Any]], out: Path | None = 
     return _finish(figure, out)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Densities:
+    """How noise levels spread over the samples of an epoch."""
+
+    counts: dict[int, int]
+    """Samples by output tokens."""
+    sigmas: dict[int, Tensor]
+    """Their noise levels at equally spaced quantiles."""
+    heights: dict[int, Tensor]
+    """Their density in each of the bins."""
+
+    @classmethod
+    def of(cls, config: TimestepConfig, sizes: Mapping[tuple[int, int], int], num_steps: int) -> _Densities:
+        if not sizes:
+            raise ValueError("there are no pictures whose noise levels could be shown; give at least one size")
+        counts: Counter[int] = Counter()
+        for (width, height), count in sizes.items():
+            counts[width * height // 256] += count
+        u = (torch.arange(NUM_QUANTILES, dtype=torch.float64) + 0.5) / NUM_QUANTILES
+        sigmas = {n: sigmas_from_uniform(u, n, config, num_steps) for n in sorted(counts)}
+        return cls(counts=counts, sigmas=sigmas, heights={n: _density(sigma, u) for n, sigma in sigmas.items()})
+
+    @property
+    def num_samples(self) -> int:
+        return sum(self.counts.values())
+
+    @property
+    def total(self) -> Tensor:
+        """The density of all samples."""
+        parts = (self.heights[n] * (count / self.num_samples) for n, count in self.counts.items())
+        return sum(parts, torch.zeros(NUM_BINS))
+
+    @property
+    def depends_on_size(self) -> bool:
+        first, *others = self.heights.values()
+        return any(not torch.equal(other, first) for other in others)
+
+    def describe(self) -> str:
+        """The quartiles of all samples."""
+        samples = "1 sample" if self.num_samples == 1 else f"all {self.num_samples} samples of an epoch"
+        return f"{samples}: {_quartiles(torch.cat(list(self.sigmas.values())), [self.counts[n] for n in self.sigmas])}"
+
+
+def describe_timesteps(config: TimestepConfig, sizes: Mapping[tuple[int, int], int], num_steps: int) -> str:
+    """What `draw_timesteps` draws, as a table in text: the share of the samples in each range of noise levels."""
+    densities = _Densities.of(config, sizes, num_steps)
+    shares = densities.total.view(NUM_ROWS, -1).mean(dim=1).div(NUM_ROWS).tolist()
+    lines = [_describe(config), f"quartiles of sigma, {densities.describe()}", "sigma        share"]
+    for row, share in enumerate(shares):
+        bar = "#" * round(BAR_LENGTH * share / max(shares))
+        lines.append(f"{row / NUM_ROWS:.2f} - {(row + 1) / NUM_ROWS:.2f} {100 * share:5.1f} %  {bar}".rstrip())
+    return "\n".join(lines)
+
+
 def draw_timesteps(
-    config: TimestepConfig, sizes: Sequence[tuple[int, int]], num_steps: int, out: Path | None = None
+    config: TimestepConfig, sizes: Mapping[tuple[int, int], int], num_steps: int, out: Path | None = None
 ) -> Image.Image:
     """Draws how often each noise level is trained, and how much it counts in the loss.
 
-    The density is that of `timesteps.sigmas_from_uniform` itself, over all pictures of a dataset.
+    The density is that of `timesteps.sigmas_from_uniform` itself, over all samples of an epoch.
 
     Args:
-        sizes: width and height of every picture in pixels, multiples of 16; a size that comes often weighs more.
+        sizes: how often each width and height in pixels, multiples of 16, comes in an epoch.
         num_steps: of the schedule behind `flux2`; see `timesteps.schedule_steps`.
         out: where the picture is written, atomically; .png, .jpg or .webp.
 
     Raises:
         ValueError: there are no sizes, or ``out`` has another suffix.
     """
-    if not sizes:
-        raise ValueError("there are no pictures whose noise levels could be drawn; give at least one size")
-    u = (torch.arange(NUM_QUANTILES, dtype=torch.float64) + 0.5) / NUM_QUANTILES
-    shares = Counter(width * height // 256 for width, height in sizes)
-    by_tokens = {n: sigmas_from_uniform(u, n, config, num_steps) for n in sorted(shares)}
-    heights = {n: _density(sigma, u) for n, sigma in by_tokens.items()}
-    total = sum((heights[n] * (share / len(sizes)) for n, share in shares.items()), torch.zeros(NUM_BINS))
+    densities = _Densities.of(config, sizes, num_steps)
+    total, heights = densities.total, densities.heights
     middles = ((torch.arange(NUM_BINS) + 0.5) / NUM_BINS).tolist()
 
     figure, (top, bottom) = _figure(height=6.4, ratios=(2, 1))
-    quartiles = _quartiles(torch.cat(list(by_tokens.values())), [shares[n] for n in by_tokens])
-    pictures = "1 picture" if len(sizes) == 1 else f"all {len(sizes)} pictures"
-    top.fill_between(middles, total.tolist(), color=BLUE, alpha=0.2, linewidth=0, label=f"{pictures}: {quartiles}")
-    first = next(iter(heights.values()))
-    depends = any(not torch.equal(height, first) for height in heights.values())
-    shown = _shown_sizes(sizes) if depends else []
+    top.fill_between(middles, total.tolist(), color=BLUE, alpha=0.2, linewidth=0, label=densities.describe())
+    shown = _shown_sizes(sizes) if densities.depends_on_size else []
     for size, color in zip(shown, (BLUE, ORANGE, GREEN, PURPLE), strict=False):
         n = size[0] * size[1] // 256
-        label = f"{size[0]} x {size[1]} px: {_quartiles(by_tokens[n], [1])}"
+        label = f"{size[0]} x {size[1]} px: {_quartiles(densities.sigmas[n], [1])}"
         top.plot(middles, heights[n].tolist(), color=color, linewidth=2, label=label)
     if not shown:
         top.plot(middles, total.tolist(), color=BLUE, linewidth=2)
@@ -160,7 +209,7 @@ def _quartiles(sigma: Tensor, weights: Sequence[int]) -> str:
     return " / ".join(f"{value:.2f}" for value in sigma[order][places].tolist())
 
 
-def _shown_sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def _shown_sizes(sizes: Mapping[tuple[int, int], int]) -> list[tuple[int, int]]:
     """From small to large: the smallest, the largest and the most common that differ by a fifth from all others."""
     by_tokens: dict[int, tuple[int, int]] = {}
     for size, _ in Counter(sizes).most_common():

@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +20,14 @@ from ..flux2_core.detect import resolve_variant
 from ..flux2_core.tensor_source import TensorSource
 from ..flux2_core.variants import Variant, get_variant
 from .cache import open_cache
-from .dataset import list_dataset
+from .config import TrainConfig
+from .dataset import Dataset, list_dataset
 from .foreign_options import describe_without_effect
 from .dataset_config import load_dataset_config, read_settings
 from .lora_recipe import train_lora
 from .optimizers import find_optimizer
-from .plots import draw_timesteps
-from .processes import join_processes
+from .plots import describe_timesteps, draw_timesteps
+from .processes import join_processes, launcher_precision
 from .timesteps import schedule_steps
 from .train_files import find_train_files
 from .train_options import flatten_tables, train_config
@@ -53,10 +55,7 @@ def run_train(args: argparse.Namespace) -> int:
         raise ValueError("no dataset was given; name it with --dataset_config")
     dataset = list_dataset(load_dataset_config(values["dataset_config"], side=variant.default_size))
     if values.get("show_timesteps"):
-        out = Path(values["show_timesteps"])
-        sizes = [item.bucket for item in dataset.items]
-        draw_timesteps(config.timesteps, sizes, schedule_steps(variant), out)
-        print(out, flush=True)
+        show_timesteps(values["show_timesteps"], config, dataset, variant)
         return 0
     files = find_train_files(
         variant,
@@ -108,6 +107,8 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
     for name, value in flatten_tables(read_settings(path)):
         if name not in known:
             raise ValueError(f"{path} sets {name!r}, which is no option of train; `flux2 train --help` lists them")
+    if not path.suffix and not path.exists():
+        path = path.with_suffix(".toml")
         if name in values:
             raise ValueError(f"{path} sets {name} twice; keep one of them")
         values[name] = value
@@ -119,6 +120,21 @@ def find_variant(values: dict[str, Any]) -> Variant:
     name = values.get("model_version") or ("auto" if values.get("dit") else "tiny")
     if name != "auto":
         return get_variant(name)
+def show_timesteps(how: str, config: TrainConfig, dataset: Dataset, variant: Variant) -> None:
+    """Shows the noise levels of an epoch: "console", "image" for a picture in the output folder, or its path."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    for item in dataset.items:
+        if not item.is_validation:
+            sizes[item.bucket] += dataset.config.subsets[item.subset].num_repeats
+    if how == "console":
+        print(describe_timesteps(config.timesteps, sizes, schedule_steps(variant)), flush=True)
+        return
+    out = config.output.output_dir / f"{config.output.output_name}-timesteps.png" if how == "image" else Path(how)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_timesteps(config.timesteps, sizes, schedule_steps(variant), out)
+    print(out, flush=True)
+
+
     if not values.get("dit"):
         raise ValueError("auto tells the variant from the DiT, but no --dit was given; give it or a --model_version")
     return resolve_variant(TensorSource(values["dit"], component="dit"))

@@ -121,7 +121,11 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("num_validation_sigmas", "monitor.num_validation_sigmas", "noise levels for each held-out picture"),
         Option("log_every_n_steps", "monitor.log_every_n_steps", "write the loss so often"),
         Option("log_with", "monitor.log_with", "also log to these"),
-        Option("logging_dir", "monitor.logging_dir", "for tensorboard"),
+        Option(
+            "logging_dir",
+            "monitor.logging_dir",
+            "for tensorboard, which it switches on; default: logs in the output folder",
+        ),
         Option("log_tracker_name", "monitor.log_tracker_name", "for tensorboard and wandb"),
         Option("wandb_run_name", "monitor.wandb_run_name", "for wandb"),
     ),
@@ -156,7 +160,11 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--models_dir", metavar="DIR", help="ComfyUI's models folder, searched for what is not given")
     group.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0; default: cuda where there is one")
     group.add_argument("--resume", metavar="DIR", help="go on from a state, <output_name>-state")
-    group.add_argument("--show_timesteps", metavar="PNG", help="draw the density of noise levels and train nothing")
+    group.add_argument(
+        "--show_timesteps",
+        metavar="HOW",
+        help="only show how often each noise level will be trained: console, image, or a path of a picture",
+    )
     flag = argparse.BooleanOptionalAction
     group.add_argument("--gradient_checkpointing", action=flag, help="default: on, for tiny off")
     group.add_argument("--gradient_checkpointing_cpu_offload", action=flag, help="and keep the rest in host memory")
@@ -192,6 +200,8 @@ def train_config(values: Mapping[str, Any]) -> TrainConfig:
             checked = _convert(name, value, _kind(option.setting))
             settings[option.setting] = checked * option.scale if option.scale is not None else checked
     settings |= _network_settings(values) | _precisions(values)
+    if values.get("logging_dir") is not None and values.get("log_with") is None:
+        settings["monitor.log_with"] = "tensorboard"  # as in musubi-tuner
     checkpointing = _checkpointing(values)
     if checkpointing is not None:
         settings["checkpointing"] = checkpointing

@@ -80,7 +80,8 @@ def test_a_toml_holds_the_options_and_the_command_line_wins(folder, tmp_path):
         f"dataset_config = '{folder}'\n[network]\nnetwork_dim = 2\nnetwork_args = ['exclude_patterns=[\"single\"]']\n"
         "[run]\nmax_train_steps = 2\nlearning_rate = 1e-3\nsdpa = true\n"
     )
-    command = ["train", "--config_file", str(file), "--output_dir", str(tmp_path), "--network_dim", "3"]
+    name = str(file.with_suffix(""))  # musubi-tuner's documents leave the suffix out
+    command = ["train", "--config_file", name, "--output_dir", str(tmp_path), "--network_dim", "3"]
     assert main([*command, "--device", "cpu"]) == 0
     tensors = load_file(tmp_path / "lora.safetensors")
     assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {3}
@@ -152,10 +153,25 @@ def test_every_option_reaches_its_setting():
     assert set(NETWORK_ARGS) >= {"include_patterns", "exclude_patterns", "loraplus_lr_ratio"}
 
 
-def test_show_timesteps_draws_and_trains_nothing(folder, tmp_path):
+def test_a_place_for_logs_switches_tensorboard_on():
+    assert train_config({"logging_dir": "logs"}).monitor.log_with == "tensorboard"
+    assert train_config({"logging_dir": "logs", "log_with": "wandb"}).monitor.log_with == "wandb"
+    with pytest.raises(ValueError, match="wandb_run_name is a, which has no effect without log_with"):
+        train_config({"wandb_run_name": "a"})
+
+
+def test_show_timesteps_draws_and_trains_nothing(folder, tmp_path, capsys):
     out = tmp_path / "timesteps.png"
     assert main(options(folder, tmp_path / "out", "--show_timesteps", str(out))) == 0
     assert out.read_bytes().startswith(b"\x89PNG") and not (tmp_path / "out").exists()
+    assert main(options(folder, tmp_path / "out", "--show_timesteps", "image")) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lora-timesteps.png"]
+    config = config_of(folder, tmp_path / "data.toml", 1)
+    config.write_text(config.read_text() + "num_repeats = 3\nvalidation_fraction = 0.3\n")
+    capsys.readouterr()
+    assert main(options(config, tmp_path / "none", "--show_timesteps", "console")) == 0
+    shown = capsys.readouterr().out
+    assert "all 15 samples of an epoch" in shown and not (tmp_path / "none").exists()  # 2 of 7 are held out
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX systems send them")

@@ -13,7 +13,17 @@ import torch
 from flux2_kit.flux2_core.schedule import empirical_mu, shift_sigmas
 from flux2_kit.training import plots
 from flux2_kit.training.metrics import MetricsWriter
-from flux2_kit.training.plots import BLUE, GREEN, NUM_BINS, ORANGE, PURPLE, draw_curves, draw_timesteps
+from flux2_kit.training.plots import (
+    BLUE,
+    GREEN,
+    NUM_BINS,
+    NUM_ROWS,
+    ORANGE,
+    PURPLE,
+    describe_timesteps,
+    draw_curves,
+    draw_timesteps,
+)
 from flux2_kit.training.timesteps import TimestepConfig
 from PIL import Image
 
@@ -91,7 +101,7 @@ def test_the_drawn_density_is_the_exact_one():
 
 
 def test_noise_levels_are_those_of_all_pictures(figures):
-    draw_timesteps(TimestepConfig(), [(512, 512)] * 3 + [(1024, 1024)], 50)
+    draw_timesteps(TimestepConfig(), {(512, 512): 3, (1024, 1024): 1}, 50)
     written = " ".join(texts(figures[0]))
     low, high = (math.exp(empirical_mu(n, 50)) for n in (1024, 4096))
     for name, shift in (("512 x 512", low), ("1024 x 1024", high)):
@@ -107,15 +117,26 @@ def test_noise_levels_are_those_of_all_pictures(figures):
     np.testing.assert_allclose(top_of_area, 0.75 * small + 0.25 * large, rtol=1e-4)
     draws = torch.rand(400_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     draws = torch.where(torch.arange(400_000) % 4 == 0, shift_sigmas(draws, high), shift_sigmas(draws, low))
-    label = next(text for text in texts(figures[0]) if text.startswith("all 4 pictures: "))
+    label = next(text for text in texts(figures[0]) if text.startswith("all 4 samples of an epoch: "))
     found = [float(value) for value in label.partition(": ")[2].split(" / ")]
     expected = draws.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
     assert found == pytest.approx(expected, abs=0.008)
 
 
+def test_the_table_in_text_has_the_exact_shares():
+    shift = math.exp(empirical_mu(1024, 50))
+    lines = describe_timesteps(TimestepConfig(), {(512, 512): 3}, 50).splitlines()
+    assert lines[0] == "timestep_sampling flux2   weighting_scheme none"
+    assert lines[1].startswith("quartiles of sigma, all 3 samples of an epoch: 0.6")
+    edges = torch.linspace(0, 1, NUM_ROWS + 1, dtype=torch.float64)
+    exact = (100 * shift_sigmas(edges, 1 / shift).diff()).tolist()
+    assert [float(line.split()[3]) for line in lines[3:]] == pytest.approx(exact, abs=0.06)
+    assert lines[3].startswith("0.00 - 0.05") and lines[-1].endswith("#" * plots.BAR_LENGTH)
+
+
 def test_a_density_that_no_size_changes_has_one_line(figures):
     config = TimestepConfig(timestep_sampling="logit_normal", weighting_scheme="sigma_sqrt", logit_mean=0.5)
-    image = draw_timesteps(config, [(512, 512), (2048, 2048), (512, 512)], 50)
+    image = draw_timesteps(config, {(512, 512): 2, (2048, 2048): 1}, 50)
     assert len(figures[0].axes[0].lines) == 1 and num_pixels(image, PURPLE) == 0
     assert "timestep_sampling logit_normal   weighting_scheme sigma_sqrt   logit_mean 0.5" in texts(figures[0])
     weight = figures[0].axes[1].lines[0]
@@ -134,19 +155,19 @@ def test_long_descriptions_leave_the_panels_their_width(figures):
         preserve_distribution_shape=True,
         num_timestep_buckets=64,
     )
-    draw_timesteps(config, [(512, 512)], 50)
+    draw_timesteps(config, {(512, 512): 1}, 50)
     assert figures[0].axes[0].get_position().width > 0.8
     assert "num_timestep_buckets 64" in " ".join(texts(figures[0]))
 
 
 def test_sizes_with_a_line_differ_and_hold_the_ends():
-    sizes = [(1024, 1024)] * 9 + [(1008, 1024)] * 8 + [(768, 768)] * 5 + [(256, 256), (2048, 2048)] + [(512, 512)] * 2
+    sizes = {(1024, 1024): 9, (1008, 1024): 8, (768, 768): 5, (256, 256): 1, (2048, 2048): 1, (512, 512): 2}
     assert plots._shown_sizes(sizes) == [(256, 256), (768, 768), (1024, 1024), (2048, 2048)]
 
 
 def test_no_sizes_are_refused():
     with pytest.raises(ValueError, match="give at least one size"):
-        draw_timesteps(TimestepConfig(), [], 50)
+        draw_timesteps(TimestepConfig(), {}, 50)
 
 
 def test_drawing_leaves_the_process_alone():
@@ -160,7 +181,7 @@ def settings():  # asking for the backend would choose one
     return {name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"}
 before = settings()
 draw_curves([{"step": 1, "loss": 0.5}])
-draw_timesteps(TimestepConfig(), [(64, 64)], 50)
+draw_timesteps(TimestepConfig(), {(64, 64): 1}, 50)
 print(json.dumps([lazy, settings() == before, "matplotlib.pyplot" not in sys.modules]))
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
