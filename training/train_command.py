@@ -22,8 +22,8 @@ from ..flux2_core.variants import Variant, get_variant
 from .cache import open_cache
 from .config import TrainConfig
 from .dataset import Dataset, list_dataset
-from .foreign_options import describe_without_effect
 from .dataset_config import load_dataset_config, read_settings
+from .foreign_options import describe_without_effect
 from .lora_recipe import train_lora
 from .optimizers import find_optimizer
 from .plots import describe_timesteps, draw_timesteps
@@ -102,24 +102,19 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
     if "config_file" not in given:
         return given
     path = Path(given["config_file"])
+    if not path.suffix and not path.exists():
+        path = path.with_suffix(".toml")
     known = {name for name in vars(args) if name not in ("run", "parser", "debug", "config_file")}
     values: dict[str, Any] = {}
     for name, value in flatten_tables(read_settings(path)):
         if name not in known:
             raise ValueError(f"{path} sets {name!r}, which is no option of train; `flux2 train --help` lists them")
-    if not path.suffix and not path.exists():
-        path = path.with_suffix(".toml")
         if name in values:
             raise ValueError(f"{path} sets {name} twice; keep one of them")
         values[name] = value
     return values | given
 
 
-def find_variant(values: dict[str, Any]) -> Variant:
-    """The variant that was asked for, told from the DiT where that is to be."""
-    name = values.get("model_version") or ("auto" if values.get("dit") else "tiny")
-    if name != "auto":
-        return get_variant(name)
 def show_timesteps(how: str, config: TrainConfig, dataset: Dataset, variant: Variant) -> None:
     """Shows the noise levels of an epoch: "console", "image" for a picture in the output folder, or its path."""
     sizes: Counter[tuple[int, int]] = Counter()
@@ -135,6 +130,11 @@ def show_timesteps(how: str, config: TrainConfig, dataset: Dataset, variant: Var
     print(out, flush=True)
 
 
+def find_variant(values: dict[str, Any]) -> Variant:
+    """The variant that was asked for, told from the DiT where that is to be."""
+    name = values.get("model_version") or ("auto" if values.get("dit") else "tiny")
+    if name != "auto":
+        return get_variant(name)
     if not values.get("dit"):
         raise ValueError("auto tells the variant from the DiT, but no --dit was given; give it or a --model_version")
     return resolve_variant(TensorSource(values["dit"], component="dit"))
