@@ -27,7 +27,7 @@ from .foreign_options import describe_without_effect
 from .lora_recipe import train_lora
 from .optimizers import find_optimizer
 from .plots import describe_timesteps, draw_timesteps
-from .processes import join_processes, launcher_precision
+from .processes import join_processes
 from .timesteps import schedule_steps
 from .train_files import find_train_files
 from .train_options import flatten_tables, train_config
