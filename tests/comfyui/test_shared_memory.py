@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).with_name("memory_scenarios.py")
 @pytest.fixture(scope="module")
 def failures(installation) -> dict[str, str]:
     """What went wrong, by scenario."""
-    command = [installation.python, installation.launcher, SCRIPT, installation.comfyui, ROOT]
+    command = [*installation.interpreter, SCRIPT, installation.comfyui, ROOT]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -90,6 +90,7 @@ def comfyui(monkeypatch):
 
         def __init__(self, unet_config) -> None:
             self.unet_config, self.latent_format = unet_config, SimpleNamespace(latent_rgb_factors=[[1.0]])
+            self.memory_usage_factor = unet_config["hidden_size"] / 2604  # as ComfyUI does since 2026
 
     cpu = torch.device("cpu")
     modules = {
