@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 import pytest
 import torch
 from flux2_kit.flux2_core.dit import DiTConfig, Flux2DiT
-from flux2_kit.flux2_core.latents import image_ids, latents_to_tokens, reference_tokens, text_ids
 from flux2_kit.flux2_core.lora_files import diffusers_steps
 from flux2_kit.flux2_core.state_dict import convert
 from flux2_kit.training.adapters import AdapterConfig, TrainableAdapters, lokr_shapes
-from flux2_kit.training.flow_matching import add_noise, velocity_target
+from flux2_kit.training.batches import Draw
+from flux2_kit.training.cache import Sample
+from flux2_kit.training.flow_matching import velocity_losses
+from flux2_kit.training.loader import by_shape
 from torch import Tensor, nn
 
 diffusers = pytest.importorskip("diffusers")
@@ -124,27 +125,20 @@ def their_names(target: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def our_step(dit: Flux2DiT, items: Sequence[Item]) -> float:
-    """Items of one shape run together; the loss is the mean over items of each one's mean."""
+    """As the recipe does it: samples of one shape together, the loss the mean over all of them."""
+    samples = [Sample(latents=i.latents, references=i.references, text=i.text, mask=None) for i in items]
     total = 0.0
-
-    def shape(item: Item) -> list[tuple[int, ...]]:
-        return [tuple(tensor.shape) for tensor in (item.latents, *item.references)]
-
-    for _, found in groupby(sorted(items, key=shape), key=shape):
-        group = list(found)
-        latents, noise, text = (torch.stack([getattr(i, n) for i in group]) for n in ("latents", "noise", "text"))
-        sigma = torch.tensor([item.sigma for item in group])
-        tokens = latents_to_tokens(add_noise(latents, noise, sigma))
-        num_tokens = tokens.shape[1]
-        ids = image_ids(*latents.shape[2:])
-        if group[0].references:
-            references = [torch.stack(same) for same in zip(*(item.references for item in group), strict=True)]
-            extra_tokens, extra_ids = reference_tokens(references)
-            tokens, ids = torch.cat((tokens, extra_tokens), dim=1), torch.cat((ids, extra_ids))
-        guidance = torch.ones(len(group)) if dit.config.has_guidance_embedder else None
-        velocity = dit(tokens, ids, text, text_ids(text.shape[1]), sigma, guidance)[:, :num_tokens]
-        target = latents_to_tokens(velocity_target(latents, noise))
-        loss = (velocity - target).square().mean(dim=(1, 2)).sum() / len(items)
+    for group in by_shape([(Draw(item=index, index=index), sample) for index, sample in enumerate(samples)]):
+        found = [sample for _, sample in group]
+        losses = velocity_losses(
+            dit,
+            torch.stack([sample.latents for sample in found]),
+            torch.stack([sample.text for sample in found]),
+            torch.stack([items[draw.item].noise for draw, _ in group]),
+            torch.tensor([items[draw.item].sigma for draw, _ in group]),
+            references=[torch.stack(same) for same in zip(*(sample.references for sample in found), strict=True)],
+        )
+        loss = losses.sum() / len(items)
         loss.backward()
         total += loss.item()
     return total
