@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from .launch import num_local_processes
+
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
@@ -58,9 +60,12 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def available_host_bytes() -> int | None:
-    """Host memory that can be taken without swapping, less a reserve; None where the system does not tell."""
+    """Host memory that can be taken without swapping, less a reserve; None where the system does not tell.
+
+    Processes that were launched together have equal shares of it.
+    """
     found = [size for size in (_system_bytes(), _control_group_bytes()) if size is not None]
-    return round(min(found) * (1 - HOST_RESERVE_SHARE)) if found else None
+    return round(min(found) * (1 - HOST_RESERVE_SHARE) / num_local_processes()) if found else None
 
 
 def _system_bytes() -> int | None:

@@ -20,6 +20,8 @@ Item = TypeVar("Item")
 LONGEST_WAIT = timedelta(days=30)
 """A process may be done long before another one; one that was killed is noticed at once."""
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""How many processes MPI started; it tells nothing else that is read here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class Launch:
     count: int = 1
     local_index: int = 0
     """Among those of this machine."""
+    uses_cpu: bool = False
+    """Whether the launcher was told to compute on the CPU."""
 
     @property
     def is_main(self) -> bool:
@@ -46,6 +50,8 @@ class Launch:
         Raises:
             ValueError: there are more processes than GPUs.
         """
+        if name is None and self.uses_cpu:
+            return "cpu"
         if self.count == 1 or name not in (None, "cuda") or not torch.cuda.is_available():
             return name
         num_gpus = torch.cuda.device_count()
@@ -69,19 +75,25 @@ class Launch:
 def join_launch(environment: Mapping[str, str] = os.environ) -> Iterator[Launch]:
     """This process's place among those of its launch; joins them over gloo where there are several.
 
+    After an error they are not parted: that would wait for processes which may be waiting for this one.
+
     Raises:
         ValueError: the environment tells of several processes, but not which one this is or how to reach them.
     """
+    uses_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    if "WORLD_SIZE" not in environment:
+        _refuse_lone_processes(environment, uses_cpu)
     try:
         launch = Launch(
             index=int(environment.get("RANK", "0")),
             count=int(environment.get("WORLD_SIZE", "1")),
             local_index=int(environment.get("LOCAL_RANK", "0")),
+            uses_cpu=uses_cpu,
         )
     except ValueError as error:
         raise ValueError(f"{', '.join(VARIABLES[:3])} must be whole numbers ({error}); unset them") from None
     if launch.count <= 1:
-        yield Launch()
+        yield Launch(uses_cpu=uses_cpu)
         return
     missing = [name for name in VARIABLES if name not in environment]
     if missing or not 0 <= launch.index < launch.count or launch.local_index < 0:
@@ -91,7 +103,22 @@ def join_launch(environment: Mapping[str, str] = os.environ) -> Iterator[Launch]
             "torchrun, or unset WORLD_SIZE"
         )
     torch.distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
-    try:
-        yield launch
-    finally:
-        torch.distributed.destroy_process_group()
+    yield launch
+    torch.distributed.destroy_process_group()
+
+
+def num_local_processes(environment: Mapping[str, str] = os.environ) -> int:
+    """Processes of this launch on this machine, which share its memory; 1 where nothing was launched."""
+    number = environment.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(number)) if number.isdecimal() else 1
+
+
+def _refuse_lone_processes(environment: Mapping[str, str], uses_cpu: bool) -> None:
+    """Refuses launches of several in which each process would take itself for the only one."""
+    by_mpi = any(environment.get(name, "1") != "1" for name in MPI_SIZES)
+    # accelerate starts one process then, and that more were asked for shows in the port alone.
+    if by_mpi or (uses_cpu and "MASTER_PORT" in environment):
+        raise ValueError(
+            "several processes were asked for by MPI or `accelerate launch --cpu`, which starts several by MPI alone; "
+            "start them with torchrun, or `accelerate launch --multi_gpu --num_processes N -m ... --device cpu`"
+        )

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..flux2_core.command_options import DTYPES, choose_device, models_folder
+from ..flux2_core.command_options import DTYPES, models_folder
 from ..flux2_core.detect import describe_other, detect
 from ..flux2_core.memory_options import LONG_DTYPES
 from ..flux2_core.tensor_source import TensorSource
 from ..flux2_core.variants import VARIANTS, Variant, get_variant
 from ..flux2_core.weights import WeightsComponent, find_weights
 from .cache_manifest import prune_cache
-from .dataset import list_dataset, load_dataset_config
+from .dataset import Dataset, list_dataset, load_dataset_config
 from .dataset_config import FOLDER_SIDE
 from .encode import CacheOptions, CacheReport, cache_latents, cache_text
 from .processes import Processes, join_processes
@@ -40,7 +40,20 @@ def run_cache(args: argparse.Namespace) -> int:
     text_encoder = _find(args, variant, "text_encoder", args.text_encoder) if makes_text else None
     side = FOLDER_SIDE if variant is None else variant.default_size
     dataset = list_dataset(load_dataset_config(args.dataset_config, side=side))
-    processes = join_processes(choose_device(args.device))
+    with join_processes(args.device) as processes:
+        fill_caches(args, dataset, variant, autoencoder, text_encoder, processes)
+    return 0
+
+
+def fill_caches(
+    args: argparse.Namespace,
+    dataset: Dataset,
+    variant: Variant | None,
+    autoencoder: Path | None,
+    text_encoder: Path | None,
+    processes: Processes,
+) -> None:
+    """One process's part of `run_cache`: pictures with the autoencoder, captions with the text encoder, if given."""
     bar = ProgressBar(is_shown=processes.is_main)
     options = CacheOptions(
         device=processes.device,
@@ -53,7 +66,7 @@ def run_cache(args: argparse.Namespace) -> int:
         barrier=processes.barrier if processes.count > 1 else None,
     )
 
-    # 2. Pictures, then captions: one network in memory at a time.
+    # 1. Pictures, then captions: one network in memory at a time.
     reports: list[CacheReport] = []
     try:
         if autoencoder is not None:
@@ -75,7 +88,7 @@ def run_cache(args: argparse.Namespace) -> int:
     for report in reports:
         _tell(report, processes)
 
-    # 3. What no dataset names any more.
+    # 2. What no dataset names any more.
     if args.prune and processes.is_main:
         pruned = prune_cache(dataset, [path for report in reports for path in report.manifests])
         print(f"pruned: {pruned.num_deleted} files, {pruned.num_bytes / 1e6:.1f} MB", flush=True)
@@ -87,7 +100,6 @@ def run_cache(args: argparse.Namespace) -> int:
                 len(pruned.other_manifests),
                 shown,
             )
-    return 0
 
 
 def find_variant(args: argparse.Namespace) -> Variant | None:
@@ -145,7 +157,7 @@ class ProgressBar:
 
 def _tell(report: CacheReport, processes: Processes) -> None:
     """One line on stdout, with the counts of all processes."""
-    counts = torch.tensor([report.num_encoded, report.num_kept], dtype=torch.float64, device=processes.device)
+    counts = torch.tensor([report.num_encoded, report.num_kept], dtype=torch.float64)
     num_encoded, num_kept = (int(count) for count in processes.sum_(counts))
     if processes.is_main:
         name = "latents" if report.what == "latents" else "text"

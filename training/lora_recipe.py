@@ -139,6 +139,9 @@ class LoraRun:
         adapter_config = config_from_lora(start) if start is not None and config.dim_from_weights else config.adapter
         precision = state["extra"].get("base_precision") if state is not None else None
         self.base = BaseModel(config, adapter_config, dataset, files, self.device, precision)
+        if processes.any(self.base.plan.dit.precision == "fp8") and self.base.plan.dit.precision != "fp8":
+            # Another process has less memory free, and all have to train on the same base.
+            self.base = BaseModel(config, adapter_config, dataset, files, self.device, "fp8")
 
         # 2. Sample prompts become embeddings and reference latents; the text encoder is freed again.
         for folder in (self.folder, self.lora_folder):
@@ -272,15 +275,12 @@ class LoraRun:
         """Sums gradients and loss over all processes, in one message."""
         if self.processes.count == 1:
             return total
-        for parameter in self.parameters:
-            if parameter.grad is None:  # this process had no sample in this step
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        flat = torch.cat([total[None], *(gradient.flatten() for gradient in gradients)])
-        parts = self.processes.sum_(flat).split([1, *(gradient.numel() for gradient in gradients)])
-        for gradient, part in zip(gradients, parts[1:], strict=True):
-            gradient.copy_(part.view_as(gradient))
-        return parts[0][0]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]  # None: no sample here
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), total[None]])
+        *parts, summed = self.processes.sum_(flat).split([*(parameter.numel() for parameter in self.parameters), 1])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        return summed[0]
 
     def _after_step(self) -> None:
         """What is due after a step: validation, saves, samples."""
@@ -373,6 +373,7 @@ class LoraRun:
         """Makes the sample pictures with the LoRA as it would be saved now; a failure does not end training."""
         lora = self._lora(self.name)
         assert self.autoencoder is not None
+        is_stopped = False
         self.adapters.detach()
         try:
             self.autoencoder.to(self.device)
@@ -391,12 +392,16 @@ class LoraRun:
                 )
                 if self.on_sample is not None:
                     self.on_sample(step, image)
+        except Stopped:
+            is_stopped = True
         except (ValueError, OSError, RuntimeError) as error:
             logger.warning("no sample pictures after step %d: %s", step, error)
         finally:
             remove_loras(self.dit)
             self.adapters.attach()
             self._rest_autoencoder()
+        if self.processes.any(is_stopped):
+            raise Stopped
 
     def _rest_autoencoder(self) -> None:
         """Lets the autoencoder leave the device until it is used again, where there is no space beside the training."""
@@ -553,8 +558,7 @@ class LoraRun:
         return self.processes.is_main
 
     def _must_stop(self) -> bool:
-        asked = self.should_stop is not None and self.should_stop()
-        return self.processes.any(asked) if self.processes.count > 1 else asked
+        return self.processes.any(self.should_stop is not None and self.should_stop())
 
     @contextmanager
     def _inference_weights(self) -> Iterator[None]:

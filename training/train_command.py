@@ -15,7 +15,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..flux2_core.command_options import choose_device
 from ..flux2_core.detect import resolve_variant
 from ..flux2_core.tensor_source import TensorSource
 from ..flux2_core.variants import Variant, get_variant
@@ -27,7 +26,7 @@ from .foreign_options import describe_without_effect
 from .lora_recipe import train_lora
 from .optimizers import find_optimizer
 from .plots import describe_timesteps, draw_timesteps
-from .processes import join_processes
+from .processes import join_processes, launcher_precision
 from .timesteps import schedule_steps
 from .train_files import find_train_files
 from .train_options import flatten_tables, train_config
@@ -46,6 +45,9 @@ def run_train(args: argparse.Namespace) -> int:
     """
     # 1. Everything that can be refused is refused before weights are loaded.
     values = read_options(args)
+    if told := launcher_precision():
+        values["mixed_precision"] = values.get("mixed_precision") or told
+        logger.info("mixed_precision is %s; accelerate was told %s", values["mixed_precision"], told)
     config = train_config(values)
     for line in describe_without_effect(values):
         logger.info("%s", line)
@@ -66,7 +68,6 @@ def run_train(args: argparse.Namespace) -> int:
         models_dir=Path(values["models_dir"]) if values.get("models_dir") else None,
         makes_samples=config.monitor.sample_prompts is not None,
     )
-    processes = join_processes(choose_device(values.get("device")))
     cache = open_cache(
         dataset,
         variant,
@@ -76,7 +77,11 @@ def run_train(args: argparse.Namespace) -> int:
     )
 
     # 2. Training, with a bar; the first Ctrl-C ends it after the step.
-    with stop_on_signal() as stopped, progress_bar(processes.is_main) as on_step:
+    with (
+        join_processes(values.get("device")) as processes,
+        stop_on_signal() as stopped,
+        progress_bar(processes.is_main) as on_step,
+    ):
         result = train_lora(
             config,
             cache,

@@ -103,6 +103,11 @@ def test_one_process_tells_of_a_bad_line(tmp_path, caplog):
             {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
             "RANK is 2",
         ),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "asked for by MPI or `accelerate launch --cpu`"),
+        (
+            {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"},
+            "or `accelerate launch --multi_gpu",
+        ),
     ],
 )
 def test_an_environment_of_half_a_launch_is_refused(environment, message):
@@ -126,6 +131,8 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     names = [third.device_name(name) for name in (None, "cuda", "cuda:0", "cpu")]
     assert names == ["cuda:2", "cuda:2", "cuda:0", "cpu"]
     assert Launch().device_name(None) is None
+    with join_launch({"ACCELERATE_USE_CPU": "True"}) as alone:  # accelerate launch --cpu
+        assert [alone.device_name(name) for name in (None, "cuda")] == ["cpu", "cuda"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="process 3 on this machine has no GPU of its own, there are 2"):
         third.device_name(None)

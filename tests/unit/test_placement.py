@@ -274,6 +274,8 @@ def test_free_host_memory_is_that_of_the_container(tmp_path, monkeypatch):
     assert available_host_bytes() == 135000
     (tmp_path / "memory.max").write_text("max\n")
     assert available_host_bytes() == 921600000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # processes of one launch share it
+    assert available_host_bytes() == 921600000 // 4
 
 
 def test_options_of_the_command_line(random_tiny_files, tmp_path, capsys):
