@@ -6,6 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from ..flux2_core.autoencoder import AutoencoderConfig
 from ..flux2_core.files import write_atomically
 from ..flux2_core.tensor_source import TensorSource
 from ..flux2_core.tokenizer import PromptTokenizer, find_tokenizer
@@ -13,7 +14,7 @@ from ..flux2_core.variants import Variant, get_variant
 from ..flux2_core.weights import find_weights
 from .contact_sheet import draw_contact_sheet
 from .dataset import list_dataset, load_dataset_config
-from .dataset_config import FOLDER_SIDE
+from .dataset_config import FOLDER_SIDE, DatasetConfig
 from .dataset_report import CountCut, format_report, report_dataset
 
 logger = logging.getLogger(__name__)
@@ -32,13 +33,15 @@ def run_dataset(args: argparse.Namespace) -> int:
         raise ValueError("--text_encoder and --models_dir need to know the variant; add --model_version NAME")
     variant = None if args.model_version is None else get_variant(args.model_version)
     side = FOLDER_SIDE if variant is None else variant.default_size
-    dataset = list_dataset(load_dataset_config(args.dataset_config, side=side))
+    config = load_dataset_config(args.dataset_config, side=side)
+    if preview is not None:
+        _check_apart(preview, config)
+    dataset = list_dataset(config)
     count_cut, reason = _find_counter(args, variant)
     print(format_report(report_dataset(dataset, count_cut=count_cut), args.dataset_config, not_counted=reason))
     if preview is not None:
-        sheet = draw_contact_sheet(dataset) if variant is None else draw_contact_sheet(
-            dataset, reference_sides=variant.autoencoder.reference_sides
-        )  # fmt: skip
+        autoencoder = AutoencoderConfig() if variant is None else variant.autoencoder
+        sheet = draw_contact_sheet(dataset, reference_sides=autoencoder.reference_sides)
         kind = PREVIEW_FORMATS[preview.suffix.lower()]
         write_atomically(preview, lambda temporary: sheet.save(temporary, format=kind, quality=90))
         logger.info("contact sheet: %s", preview)
@@ -51,6 +54,14 @@ def _check_preview(path: Path) -> Path:
     if not path.absolute().parent.is_dir():
         raise ValueError(f"--preview is {path}, but {path.absolute().parent} is no folder; make it first")
     return path
+
+
+def _check_apart(preview: Path, config: DatasetConfig) -> None:
+    """Refuses a contact sheet among the pictures: the next run would train on it."""
+    for subset in config.subsets:
+        for folder in (subset.image_directory, subset.control_directory, subset.mask_directory):
+            if folder is not None and preview.absolute().parent.resolve() == folder.resolve():
+                raise ValueError(f"--preview is {preview}, among the pictures of the dataset; give another folder")
 
 
 def _find_counter(args: argparse.Namespace, variant: Variant | None) -> tuple[CountCut | None, str]:

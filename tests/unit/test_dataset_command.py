@@ -123,9 +123,13 @@ def test_a_bare_folder_is_taken_at_the_size_of_the_variant(settings, capsys):
         (["SETTINGS", "--text_encoder", "x"], "add --model_version"),
         (["SETTINGS", "--model_version", "big"], "unknown variant 'big'"),
     ],
+        (["SETTINGS", "--preview", "FOLDER/two/out.jpg"], "among the pictures of the dataset"),
+        (["SETTINGS", "--preview", "FOLDER/two/../control/out.jpg"], "among the pictures of the dataset"),
 )
 def test_the_command_refuses(settings, capsys, options, message):
-    assert main(["dataset", *(str(settings) if text == "SETTINGS" else text for text in options)]) == 1
+    folder = str(settings.parent)
+    options = [text.replace("SETTINGS", str(settings)).replace("FOLDER", folder) for text in options]
+    assert main(["dataset", *options]) == 1
     captured = capsys.readouterr()
     assert message in captured.err and not captured.out
 
