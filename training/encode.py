@@ -10,7 +10,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -49,6 +49,7 @@ from .cache_plan import (
     write_cached,
 )
 from .dataset import Dataset
+from .dataset_tables import Problems
 from .fingerprint import identify_autoencoder, identify_text_encoder
 from .read_ahead import read_ahead
 
@@ -56,6 +57,8 @@ logger = logging.getLogger(__name__)
 
 MAX_WORKERS = 8
 """Threads that read pictures where nothing else is asked for: as many as the CPU has, up to this."""
+NUM_WRITERS = 4
+"""Threads that write files: the disk is waited for beside the encoder."""
 FileT = TypeVar("FileT", bound=CacheFile)
 InputT = TypeVar("InputT")
 InputT_contra = TypeVar("InputT_contra", contravariant=True)
@@ -294,13 +297,15 @@ def _fill(
         missing = [one for one, is_done in read_ahead(_Work.is_done, work, options.threads) if not is_done]
     # Files of one shape together, the largest first: memory that is too small is found at the start.
     missing = sorted(missing, key=lambda one: one.file.shape, reverse=True)
-    num_encoded = _encode(missing, prepare, encoder, options, what)
+    num_encoded, problems = _encode(missing, prepare, encoder, options, what)
     if options.barrier is not None:
         options.barrier()
+    problems.raise_if_any(f"some {what} cannot be encoded; the others are cached")
     return num_encoded, len(work) - num_encoded
 
 
-def _write(work: _Work[FileT], tensor: Tensor) -> None:
+def _write(work_and_tensor: tuple[_Work[FileT], Tensor]) -> None:
+    work, tensor = work_and_tensor
     file = work.file
     assert tuple(tensor.shape) == file.shape, (tensor.shape, file)
     if not is_finite(tensor):
@@ -330,42 +335,73 @@ def _encode(
     encoder: _Encoder[InputT],
     options: CacheOptions,
     what: str,
-) -> int:
-    """Writes what is missing, in batches of one shape; returns how many files were made.
+) -> tuple[int, Problems]:
+    """Makes what is missing, in batches of one shape, while what comes next is prepared and what is ready is written.
+
+    Returns how many files were made, and why others cannot be.
 
     Raises:
         Stopped: `options.should_stop` answered True.
     """
     num_done = num_encoded = 0
-    batch: list[tuple[_Work[FileT], InputT]] = []
+    problems = Problems()
 
-    def flush() -> None:
-        nonlocal num_done, num_encoded
-        if options.should_stop is not None and options.should_stop():
-            raise Stopped(f"stopped after {num_done} of {len(missing)} {what}; the rest is encoded next time")
-        tensors = encoder.encode([prepared for _, prepared in batch])
-        for (work, _), tensor in zip(batch, tensors, strict=True):
-            _write(work, tensor)
-        num_encoded += len(batch)
-        num_done += len(batch)
-        batch.clear()
-        if options.on_progress is not None:
+    def tell() -> None:
+        if options.on_progress is not None and missing:
             options.on_progress(f"{what} encoded", num_done, len(missing))
 
-    def prepare_unless_done(work: _Work[FileT]) -> InputT | None:
-        return None if options.skip_existing and work.is_done() else prepare(work.file)
+    def prepare_unless_done(work: _Work[FileT]) -> InputT | ValueError | None:
+        try:
+            return None if options.skip_existing and work.is_done() else prepare(work.file)
+        except ValueError as error:
+            return error
 
-    with contextlib.closing(read_ahead(prepare_unless_done, missing, options.threads)) as prepared_work:
-        for work, prepared in prepared_work:
-            if prepared is None:  # another process has done it meanwhile
-                num_done += 1
-                continue
-            first = batch[0][0].file if batch else work.file
-            if (first.kind, first.shape) != (work.file.kind, work.file.shape):
-                flush()
-            batch.append((work, prepared))
-            if len(batch) >= encoder.batch_size(prepared):
-                flush()
+    def prepared() -> Generator[tuple[_Work[FileT], InputT], None, None]:
+        nonlocal num_done
+        with contextlib.closing(read_ahead(prepare_unless_done, missing, options.threads)) as inputs:
+            for work, input_ in inputs:
+                if isinstance(input_, ValueError):
+                    problems.add(str(input_))
+                if input_ is None or isinstance(input_, ValueError):  # None: another process has done it meanwhile
+                    num_done += 1
+                else:
+                    yield work, input_
+
+    def encoded() -> Generator[tuple[_Work[FileT], Tensor], None, None]:
+        nonlocal num_done, num_encoded
+        tell()  # a bar is to be seen while the encoder is loaded
+        with contextlib.closing(prepared()) as inputs:
+            for batch in _batches(inputs, encoder):
+                if options.should_stop is not None and options.should_stop():
+                    return
+                tensors = encoder.encode([input_ for _, input_ in batch])
+                yield from zip([work for work, _ in batch], tensors, strict=True)
+                num_done, num_encoded = num_done + len(batch), num_encoded + len(batch)
+                tell()
+
+    with (
+        contextlib.closing(encoded()) as tensors,
+        contextlib.closing(read_ahead(_write, tensors, NUM_WRITERS)) as written,
+    ):
+        for _ in written:
+            pass
+    if num_done < len(missing):
+        raise Stopped(f"stopped after {num_done} of {len(missing)} {what}; the rest is encoded next time")
+    return num_encoded, problems
+
+
+def _batches(
+    inputs: Iterable[tuple[_Work[FileT], InputT]], encoder: _Encoder[InputT]
+) -> Iterator[list[tuple[_Work[FileT], InputT]]]:
+    """Neighbours of one shape together, as many as the encoder takes."""
+    batch: list[tuple[_Work[FileT], InputT]] = []
+    for work, input_ in inputs:
+        if batch and (batch[0][0].file.kind, batch[0][0].file.shape) != (work.file.kind, work.file.shape):
+            yield batch
+            batch = []
+        batch.append((work, input_))
+        if len(batch) >= encoder.batch_size(input_):
+            yield batch
+            batch = []
     if batch:
-        flush()
-    return num_encoded
+        yield batch

@@ -12,6 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Semaphore
 
 import numpy as np
 import pytest
@@ -329,7 +330,7 @@ def test_an_edited_caption_encodes_only_that_caption(filled):
         opened(dataset)
     told = []
     assert fill(dataset, on_progress=lambda *state: told.append(state)) == (0, 1)
-    assert told == [("captions encoded", 1, 1)]
+    assert told == [("captions encoded", 0, 1), ("captions encoded", 1, 1)]
     opened(dataset)
 
 
@@ -371,7 +372,7 @@ def test_pictures_are_not_read_again_for_another_resolution(filled):
         AUTOENCODER,
         CacheOptions(on_progress=lambda what, done, total: counted.append((what, done, total))),
     )
-    assert counted == [("pictures encoded", done, 3) for done in (1, 2, 3)]
+    assert counted == [("pictures encoded", done, 3) for done in range(4)]
 
 
 def test_the_same_stem_in_two_folders_and_one_cache(tmp_path):
@@ -715,8 +716,8 @@ def the_manifest(cache: Path, what: str = "") -> Path:
 def test_a_run_that_was_stopped_goes_on(folder):
     dataset = listing(folder)
     done = []
-    options = CacheOptions(on_progress=lambda *state: done.append(state), should_stop=lambda: len(done) >= 5)
-    with pytest.raises(Stopped, match=r"stopped after 2 of 3 pictures"):  # three were read, two encoded
+    options = CacheOptions(on_progress=lambda *state: done.append(state), should_stop=lambda: len(done) >= 6)
+    with pytest.raises(Stopped, match=r"stopped after 2 of 3 pictures"):  # three were read, begun, and two encoded
         cache_latents(dataset, AUTOENCODER, options)
     with pytest.raises(ValueError, match=r"captions .* are not cached|files missing"):
         opened(dataset)
@@ -725,20 +726,21 @@ def test_a_run_that_was_stopped_goes_on(folder):
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, threading
 from pathlib import Path
 from flux2_kit.training.dataset import list_dataset
 from flux2_kit.training.dataset_config import DatasetConfig, SubsetConfig
 from flux2_kit.training.encode import CacheOptions, cache_latents
 folder, autoencoder, num_writes, index, count = sys.argv[1:]
 subset = SubsetConfig(image_directory=Path(folder), resolution=(64, 64), enable_bucket=True)
-fsync, calls = os.fsync, []
-def dying(descriptor):
-    calls.append(descriptor)
-    if len(calls) > int(num_writes):
-        os.kill(os.getpid(), signal.SIGKILL)
-    fsync(descriptor)
-os.fsync = dying
+replace, lock, calls = Path.replace, threading.Lock(), []
+def dying(*paths):
+    with lock:
+        calls.append(paths)
+        if len(calls) > int(num_writes):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(*paths)
+Path.replace = dying
 options = CacheOptions(process_index=int(index), num_processes=int(count))
 print(cache_latents(list_dataset(DatasetConfig(subsets=(subset,))), autoencoder, options).num_encoded)
 """
@@ -756,12 +758,12 @@ def test_a_killed_run_goes_on_where_it_was(folder):
     process = start(folder, 3)  # the manifest and two pictures
     assert process.wait(60) == -signal.SIGKILL
     hidden = cached_files(folder, ".latents")
-    assert len(cached_files(folder, "latents")) == 2 and len(hidden) == 1
+    assert len(cached_files(folder, "latents")) == 2 and hidden
     dataset = listing(folder)
     assert fill(dataset) == (1, 4)
     assert len(opened(dataset).items) == 3
     os.utime(folder / "flux2_cache" / hidden.pop(), (1, 1))
-    assert prune_cache(dataset).num_deleted == 1
+    assert prune_cache(dataset).num_deleted == 1 and cached_files(folder, ".latents") == hidden
 
 
 def test_two_processes_make_the_files_of_one(filled):
@@ -838,12 +840,12 @@ def test_a_read_only_folder(folder, monkeypatch):
 def test_a_full_disk_keeps_what_was_written(folder, monkeypatch):
     dataset = listing(folder)
     write = encode.write_cached
-    written = []
+    room = Semaphore(2)
 
     def write_until_full(folder, file, tensor):
-        if len(written) == 2:
+        if not room.acquire(blocking=False):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / file.name))
-        written.append(write(folder, file, tensor))
+        write(folder, file, tensor)
 
     monkeypatch.setattr(encode, "write_cached", write_until_full)
     with pytest.raises(ValueError, match=r"cannot be written \(No space left.*make room there"):
@@ -854,9 +856,12 @@ def test_a_full_disk_keeps_what_was_written(folder, monkeypatch):
 
 def test_pictures_that_cannot_be_read(folder):
     dataset = listing(folder)
-    (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"b.png cannot be read as a picture"):
+    for name in ("a", "b"):
+        (folder / f"{name}.png").write_bytes((folder / f"{name}.png").read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"some pictures cannot be encoded; the others are cached: ") as caught:
         fill(dataset)
+    assert all(f"{name}.png cannot be read as a picture" in str(caught.value) for name in ("a", "b"))
+    assert len(cached_files(folder, "latents")) == 1
     (folder / "b.png").unlink()
     with pytest.raises(ValueError, match=r"b.png cannot be read \(No such file"):
         fill(dataset)
@@ -923,6 +928,27 @@ def test_pictures_of_one_size_go_together(folder, monkeypatch):
     for cached in open_latents(dataset):
         picture = image_to_tensor(fit_target(load_image(cached.item.image), cached.item.bucket))
         assert torch.equal(load_file(cached.folder / cached.files.latents.name)["latents"], fake.encode(picture)[0])
+
+
+def test_writing_does_not_hold_up_the_encoder(folder, monkeypatch):
+    went_on, waited = Event(), []
+    fake = FakeAutoencoder(10**9)
+    real_encode, real_write = fake.encode, encode.write_cached
+
+    def encode_and_tell(images):
+        if fake.batches:
+            went_on.set()
+        return real_encode(images)
+
+    def write_when_it_went_on(*arguments):
+        waited.append(went_on.wait(10))
+        real_write(*arguments)
+
+    fake.encode = encode_and_tell
+    monkeypatch.setattr(cache_encoders, "load_autoencoder", lambda *_, **__: fake)
+    monkeypatch.setattr(encode, "write_cached", write_when_it_went_on)
+    cache_latents(listing(folder), AUTOENCODER)
+    assert waited == [True] * 3
 
 
 def open_latents(dataset: Dataset) -> tuple[CachedItem, ...]:
