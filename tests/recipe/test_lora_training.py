@@ -15,11 +15,13 @@ from flux2_kit.training import lora_recipe
 from flux2_kit.training.adapters import AdapterConfig
 from flux2_kit.training.cache import CachedDataset
 from flux2_kit.training.config import OutputConfig
+from flux2_kit.training.flow_matching import velocity_losses
 from flux2_kit.training.loader import StepLoader
 from flux2_kit.training.lora_recipe import LoraRun, TrainStep, train_lora
 from flux2_kit.training.metrics import read_metrics
 from flux2_kit.training.optimizers import OptimizerConfig, ScheduleConfig
 from flux2_kit.training.processes import Processes
+from flux2_kit.training.timesteps import TimestepConfig
 from flux2_kit.training.train_files import find_train_files
 from lora_training import TINY, cached, make_config, make_dataset, train, write_pictures
 from safetensors.torch import load_file
@@ -324,7 +326,7 @@ def test_a_run_can_start_from_a_lora(dataset, tmp_path):
 def test_what_other_programs_misread_is_told_before_training(dataset, tmp_path, caplog, dora):
     config = make_config(tmp_path, max_train_steps=1, adapter=AdapterConfig(rank=2, dora=dora))
     train(config, dataset)
-    assert ("diffusers leaves out the magnitudes of DoRA" in caplog.text) == dora
+    assert ("leave out the magnitudes of DoRA" in caplog.text) == dora
 
 
 def test_a_distilled_variant_warns(dataset, tmp_path, caplog):
@@ -367,6 +369,34 @@ def test_accumulated_batches_make_one_step(dataset, tmp_path):
     num_batches = math.ceil(len(dataset.items) / 2)
     assert result.num_steps == 2 * math.ceil(num_batches / 3) == len(steps)
     assert [step.epoch for step in steps] == sorted(step.epoch for step in steps)
+
+
+def test_a_step_is_the_mean_over_all_its_samples(dataset, tmp_path):
+    """However they are grouped, with their weights and masks; the same written out sample by sample."""
+    timesteps = TimestepConfig(weighting_scheme="cosmap")
+    config = make_config(tmp_path, gradient_accumulation_steps=2, timesteps=timesteps)
+    run = LoraRun(config, dataset, find_train_files(TINY, makes_samples=False), Processes(), None, False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in run.parameters:
+        parameter.data = torch.randn(parameter.shape, generator=generator) / parameter.shape[1]
+    with StepLoader(dataset, run.order, run.processes, run.make_batch, 0, 1) as loader:
+        step, num_samples, batches = next(loader)
+    batches = [replace(b, mask=torch.rand(len(b.latents), *b.latents.shape[2:], generator=generator)) for b in batches]
+    assert num_samples == 4 and {len(batch.references) for batch in batches} == {1, 2}
+    loss = run._gradients(step, num_samples, batches)
+    found = [parameter.grad.clone() for parameter in run.parameters]
+    run.optimizer.zero_grad()
+    rows = [batch.map(lambda t, row=row: t[row : row + 1]) for batch in batches for row in range(len(batch.latents))]
+    losses = [
+        velocity_losses(run.dit, r.latents, r.text, r.noise, r.sigma, references=r.references, mask=r.mask) * r.weights
+        for r in rows
+    ]
+    expected = torch.cat(losses).mean()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for gradient, parameter in zip(found, run.parameters, strict=True):
+        assert parameter.grad.count_nonzero()
+        assert (gradient - parameter.grad).norm() <= 1e-4 * parameter.grad.norm()
 
 
 def test_the_learning_rate_follows_its_schedule(dataset, tmp_path):
