@@ -121,7 +121,7 @@ def caption_orders(caption: str, subset: SubsetConfig, *, seed: int = 0) -> tupl
         fixed, free = parts[: subset.keep_parts], parts[subset.keep_parts :]
         limit = min(subset.num_caption_orders, math.factorial(min(len(free), 12)))
         # Parts that stand twice make equal orders, so there may be fewer than the limit.
-        for number in range(4 * limit):
+        for number in range(16 * limit):
             if len(orders) >= limit:
                 break
             keys = [_fraction(f"{seed}/{number}/{index}/{caption}") for index in range(len(free))]

@@ -283,6 +283,10 @@ class TestCaptions:
         subset = SubsetConfig(image_directory=Path("x"), shuffle_caption=True, num_caption_orders=64)
         assert len(caption_orders(text, subset)) == count
 
+    def test_no_order_is_missed(self):
+        subset = SubsetConfig(image_directory=Path("x"), shuffle_caption=True, num_caption_orders=64)
+        assert {len(caption_orders(f"a{index}, b, c", subset)) for index in range(200)} == {6}
+
     def test_shuffled_orders_are_the_same_on_every_machine(self):
         subset = SubsetConfig(
             image_directory=Path("x"), shuffle_caption=True, num_caption_orders=3, caption_separator="; "
