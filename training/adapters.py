@@ -444,6 +444,21 @@ def target_layers(names: Iterable[str], config: AdapterConfig) -> list[str]:
     return chosen
 
 
+def count_parameters(shapes: Mapping[str, tuple[int, int]], config: AdapterConfig) -> int:
+    """How many values a config trains.
+
+    Args:
+        shapes: ``(out, in)`` of every Linear of the DiT, from `linear_shapes`.
+    """
+    count = 0
+    for out, into in (shapes[name] for name in target_layers(shapes, config)):
+        factors = [(out, config.rank), (config.rank, into)]
+        if config.kind == "lokr":
+            factors = list(lokr_shapes((out, into), config).values())
+        count += sum(math.prod(factor) for factor in factors) + (out if config.dora else 0)
+    return count
+
+
 def lokr_shapes(shape: tuple[int, int], config: AdapterConfig) -> dict[str, tuple[int, int]]:
     """Shapes of the factors of a weight ``[out, in]``: w1, and w2 or w2_a and w2_b."""
     (out1, out2), (in1, in2) = (_split(side, config.lokr_factor) for side in shape)

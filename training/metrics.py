@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
+import logging
 import math
 import os
 import time
@@ -13,14 +14,21 @@ from typing import Any, Literal, Protocol
 
 from ..flux2_core.files import read_limited, write_text
 
+logger = logging.getLogger(__name__)
+
 LogWith = Literal["tensorboard", "wandb", "all"]
 PACKAGES = ("tensorboard", "wandb")
 MAX_METRICS_BYTES = 2**30
 """Some four million steps."""
+FLUSH_SECONDS = 10
+"""How long TensorBoard keeps numbers in memory, which a killed process loses."""
 
 
 class Tracker(Protocol):
     """Something that shows numbers while a run goes on."""
+
+    name: str
+    """For messages."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Shows the numbers of a step; none of them is NaN or infinite."""
@@ -46,28 +54,37 @@ class RunningAverage:
 
 
 class MetricsWriter:
-    """Appends a line of JSON for every record to ``<name>-metrics.jsonl``.
+    """Appends a line of JSON for every record.
 
     A line is given to the system as a whole at once, so that a killed process loses none; at most a power cut or a
     full disk leaves half of one, which is dropped when the file is read.
     """
 
-    def __init__(self, directory: Path, name: str, *, first_step: int = 0, trackers: Iterable[Tracker] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        first_step: int = 0,
+        history: Path | None = None,
+        trackers: Iterable[Tracker] = (),
+    ) -> None:
         """Opens the file, and cuts off what a resumed run is going to measure again.
 
         Args:
-            directory: exists.
+            path: of the file, in a folder that exists.
             first_step: steps done; records up to it are kept. A run that begins at 0 begins a new file.
-            trackers: told every record as well.
+            history: where these records are, if the run went on in another folder or under another name since.
+            trackers: told every record as well; one that fails is told nothing more, and the run goes on.
 
         Raises:
             ValueError: the file that is there is no such file.
         """
-        self.path = directory / f"{name}-metrics.jsonl"
-        self._trackers = tuple(trackers)
+        self.path = path
+        self._trackers = list(trackers)
         kept = []
-        if first_step > 0 and self.path.exists():
-            kept = [record for record in read_metrics(self.path) if record["step"] <= first_step]
+        source = self.path if history is None else history
+        if first_step > 0 and source.exists():
+            kept = [record for record in read_metrics(source) if record["step"] <= first_step]
         write_text(self.path, "".join(_line(record) for record in kept))
         self._seconds_before = max((record.get("seconds") or 0.0 for record in kept), default=0.0)
         self._started = time.monotonic()
@@ -97,8 +114,12 @@ class MetricsWriter:
             os.ftruncate(self._descriptor, size)
             raise
         shown = {name: float(value) for name, value in given.items() if math.isfinite(value)}
-        for tracker in self._trackers:
-            tracker.log(shown, step)
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(shown, step)
+            except Exception as error:  # of any kind: a lost connection must not cost a training
+                logger.warning("%s failed at step %d and is told no more: %s", tracker.name, step, error)
+                self._trackers.remove(tracker)
 
     def close(self) -> None:
         """Closes the file and the trackers; a second time does nothing."""
@@ -107,7 +128,10 @@ class MetricsWriter:
         os.close(self._descriptor)
         self._descriptor = None
         for tracker in self._trackers:
-            tracker.close()
+            try:
+                tracker.close()
+            except Exception as error:
+                logger.warning("%s could not be closed: %s", tracker.name, error)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -145,6 +169,7 @@ def open_trackers(
     logging_dir: Path,
     *,
     run_name: str,
+    run_id: str | None = None,
     project: str = "flux2-kit",
     settings: Mapping[str, Any] | None = None,
     first_step: int = 0,
@@ -154,39 +179,48 @@ def open_trackers(
     Args:
         logging_dir: TensorBoard's events go into a folder ``run_name`` in it, W&B's files beside that.
         run_name: of this run.
+        run_id: by which W&B knows a resumed run again; None: it is a new one.
         project: of W&B.
         settings: shown by W&B beside the run.
         first_step: steps done before, in a resumed run; TensorBoard forgets what was beyond.
 
     Raises:
-        ValueError: the package that is asked for is not installed.
+        ValueError: the package that is asked for is not installed, or cannot be used.
     """
     opened: list[Tracker] = []
-    for package in PACKAGES if log_with == "all" else (log_with,) if log_with else ():
-        try:
-            if package == "tensorboard":
-                opened.append(_TensorBoard(logging_dir / run_name, first_step))
-            elif package == "wandb":
-                opened.append(_WeightsAndBiases(logging_dir, run_name, project, settings or {}))
-            else:
-                raise ValueError(f"log_with is {log_with!r}; it must be tensorboard, wandb or all")
-        except ModuleNotFoundError as error:
-            if error.name not in PACKAGES:
-                raise
-            if log_with != "all":
-                raise ValueError(
-                    f"log_with {package} needs the package {package}; run: pip install {package}"
-                ) from error
-    if log_with == "all" and not opened:
-        raise ValueError(f"log_with all finds neither of {' and '.join(PACKAGES)}; run: pip install tensorboard")
+    for package in installed_trackers(log_with):
+        if package == "tensorboard":
+            opened.append(_TensorBoard(logging_dir / run_name, first_step))
+        else:
+            opened.append(_WeightsAndBiases(logging_dir, run_name, run_id, project, settings or {}))
     return tuple(opened)
 
 
+def installed_trackers(log_with: LogWith | None) -> tuple[str, ...]:
+    """The packages that `open_trackers` uses; nothing is imported.
+
+    Raises:
+        ValueError: the package that is asked for is not installed.
+    """
+    if log_with not in (None, "all", *PACKAGES):
+        raise ValueError(f"log_with is {log_with!r}; it must be tensorboard, wandb or all")
+    wanted = PACKAGES if log_with == "all" else (log_with,) if log_with else ()
+    found = tuple(package for package in wanted if importlib.util.find_spec(package) is not None)
+    if log_with == "all" and not found:
+        raise ValueError(f"log_with all finds neither of {' and '.join(PACKAGES)}; run: pip install tensorboard")
+    if log_with is not None and not found:
+        raise ValueError(f"log_with {log_with} needs the package {log_with}; run: pip install {log_with}")
+    return found
+
+
 class _TensorBoard:
+    name = "TensorBoard"
+
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        purge_step = first_step + 1 if first_step else None
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=FLUSH_SECONDS)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -197,10 +231,21 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    def __init__(self, folder: Path, run_name: str, project: str, settings: Mapping[str, Any]) -> None:
+    name = "W&B"
+
+    def __init__(
+        self, folder: Path, run_name: str, run_id: str | None, project: str, settings: Mapping[str, Any]
+    ) -> None:
         wandb = importlib.import_module("wandb")
         folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(project=project, name=run_name, dir=str(folder), config=dict(settings))
+        try:
+            self._run = wandb.init(
+                project=project, name=run_name, dir=str(folder), config=dict(settings), id=run_id, resume="allow"
+            )
+        except Exception as error:
+            raise ValueError(
+                f"W&B cannot be used: {error}; run `wandb login`, or set WANDB_MODE=offline, or leave log_with out"
+            ) from error
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)

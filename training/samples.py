@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ..flux2_core.autoencoder_memory import Tiling
 from ..flux2_core.dit import Flux2DiT
 from ..flux2_core.files import read_limited
 from ..flux2_core.images import load_image
-from ..flux2_core.picture_metadata import GenerationRecord, make_record
+from ..flux2_core.picture_metadata import GenerationRecord, make_record, write_png
 from ..flux2_core.pipeline import (
     SamplingConfig,
     check_num_references,
@@ -24,9 +24,13 @@ from ..flux2_core.pipeline import (
     encode_references,
     sample_latents,
 )
+from ..flux2_core.placement import place_autoencoder, release
 from ..flux2_core.prompt_lines import PromptLine, parse_prompt_line, prompt_lines
 from ..flux2_core.text_encoder import TextEncoder
 from ..flux2_core.variants import Variant
+from .base_model import BaseModel
+from .config import TrainConfig
+from .run_files import RunFiles
 from .train_files import TrainFiles
 
 MAX_PROMPT_FILE_BYTES = 2**20
@@ -123,6 +127,18 @@ def prepare_samples(
     ]
 
 
+def sample_name(name: str, step: int, index: int, seed: int) -> str:
+    """The file of a run's picture.
+
+    Args:
+        name: of the run.
+        step: steps done.
+        index: of the prompt.
+        seed: of the picture.
+    """
+    return f"{name}_{step:06d}_{index:02d}_{seed}.png"
+
+
 def make_sample(
     sample: PreparedSample,
     dit: Flux2DiT,
@@ -153,9 +169,7 @@ def make_sample(
     return decode_latents(autoencoder, latents, tiled=tiling != "whole", store=store)[0]
 
 
-def sample_record(
-    sample: PreparedSample, files: TrainFiles, loras: Iterable[tuple[str, float]] = ()
-) -> GenerationRecord:
+def sample_record(sample: PreparedSample, files: TrainFiles, lora_name: str) -> GenerationRecord:
     """What the PNG file of a sample says about how it was made."""
     assert files.autoencoder is not None and files.text_encoder is not None, "sample pictures were made with them"
     return make_record(
@@ -167,5 +181,50 @@ def sample_record(
         dit=files.dit,
         autoencoder=files.autoencoder,
         text_encoder=files.text_encoder,
-        loras=loras,
+        loras=[(lora_name, 1.0)],
     )
+
+
+class SamplePictures:
+    """The sample pictures of a run: prompts and references are encoded once, then the text encoder is freed.
+
+    Args:
+        lines: from `read_sample_prompts`.
+
+    Raises:
+        ValueError: as `prepare_samples`.
+    """
+
+    def __init__(self, lines: Sequence[PromptLine], base: BaseModel, config: TrainConfig) -> None:
+        self.base, self.files = base, base.files
+        assert self.files.autoencoder is not None, "found for sample pictures"
+        self.autoencoder = place_autoencoder(self.files.autoencoder, base.device, config.autoencoder_precision)
+        self.prepared = prepare_samples(
+            lines, self.files.variant, config.seed, base.load_text_encoder, self.autoencoder
+        )
+        self.rest()
+
+    def make(
+        self, index: int, step: int, dit: Flux2DiT, outputs: RunFiles, should_stop: Callable[[], bool] | None
+    ) -> tuple[Path, Image.Image]:
+        """Makes and writes a picture with the LoRA that is live on the DiT.
+
+        Args:
+            index: of its line.
+            step: steps done.
+
+        Raises:
+            Stopped: `should_stop` answered True.
+        """
+        sample, variant = self.prepared[index], self.files.variant
+        self.autoencoder.to(self.base.device)
+        image = make_sample(sample, dit, variant, self.autoencoder, should_stop, tiling=self.base.plan.tiling)
+        outputs.sample_folder.mkdir(exist_ok=True)
+        path = outputs.sample_folder / sample_name(outputs.name, step, index, sample.sampling.seed)
+        return write_png(path, image, sample_record(sample, self.files, outputs.name)), image
+
+    def rest(self) -> None:
+        """Lets the autoencoder leave the device until the next picture, where there is no space beside the training."""
+        if self.base.takes_turns:
+            self.autoencoder.to("cpu")
+            release(self.base.device)

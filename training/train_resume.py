@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .config import TrainConfig
     from .train_files import TrainFiles
 
+STATE_FILE = "state.safetensors"
 FREE = (
     "output", "monitor", "max_train_steps", "max_train_epochs", "max_bad_steps", "preflight", "checkpointing",
     "vram_budget_gib", "num_streamed_blocks", "text_encoder_precision", "autoencoder_precision", "compile",
@@ -38,8 +39,12 @@ def describe_run(config: TrainConfig, dataset: CachedDataset, files: TrainFiles,
     }
 
 
-def check_resume(state: Any, description: dict[str, Any], num_steps: int, folder: Path) -> None:
-    """Refuses a state of another run.
+def check_resume(state: Any, description: dict[str, Any], num_steps: int, folder: Path, *, is_trained: bool) -> None:
+    """Refuses a state of another run, or of one that has nothing left to do.
+
+    Args:
+        state: from `train_state.load_tree`.
+        is_trained: whether the trained LoRA is there, so that nothing is left to do after the last step.
 
     Raises:
         ValueError: naming everything that differs, with the value then and now.
@@ -50,7 +55,7 @@ def check_resume(state: Any, description: dict[str, Any], num_steps: int, folder
             f"{folder} was written by a run with other settings: {'; '.join(differences)}. Resume with the settings "
             "of then, or start a new run from its LoRA with network_weights"
         )
-    if step > num_steps:
+    if step > num_steps or (step == num_steps and is_trained):
         raise ValueError(
             f"{folder} is at step {step}, and the run ends at {num_steps}; raise max_train_steps or max_train_epochs "
             "to go on"
@@ -63,11 +68,15 @@ def compare_run(state: Any, description: dict[str, Any], folder: Path) -> tuple[
     Raises:
         ValueError: it is no state of LoRA training.
     """
-    try:
-        before, step = state["extra"]["description"], state["step"]
-    except (KeyError, TypeError):
-        raise ValueError(f"{folder} holds no state of LoRA training; give the folder <output_name>-state") from None
-    return step, list(_differences(before, description))
+    parts = {"step": int, "modules": dict, "optimizers": dict, "counters": dict, "extra": dict}
+    extra = {"description": dict, "base_precision": str, "last_sampled_step": int}
+    if not (_has(state, parts) and _has(state["extra"], extra) and state["step"] > 0):
+        raise ValueError(f"{folder} holds no state of LoRA training; give the folder <output_name>-state")
+    return state["step"], list(_differences(state["extra"]["description"], description))
+
+
+def _has(tree: Any, parts: Mapping[str, type]) -> bool:
+    return isinstance(tree, dict) and all(type(tree.get(name)) is kind for name, kind in parts.items())
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

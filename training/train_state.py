@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,9 +18,20 @@ from torch.optim import Optimizer
 
 from ..flux2_core.files import write_safetensors
 
+NO_PARTS: Mapping[str, Any] = MappingProxyType({})
 TREE_KEY = "flux2_kit.train_state"
 TENSOR_KEY, PAIRS_KEY = "tensor", "pairs"
 """In the JSON, ``{"tensor": name}`` stands for a tensor and ``{"pairs": [[key, value], ...]}`` for a dict."""
+
+
+class Stateful(Protocol):
+    """What counts or averages, and goes on from what it has counted."""
+
+    def state_dict(self) -> Any:
+        """A tree."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Restores it."""
 
 
 def save_tree(path: Path, tree: Any) -> Path:
@@ -31,8 +43,7 @@ def save_tree(path: Path, tree: Any) -> Path:
 
     def encode(value: Any, place: str) -> Any:
         if isinstance(value, Tensor):
-            # A clone per tensor: safetensors refuses tensors that share memory, as tied or viewed weights do.
-            tensors[place] = value.detach().clone()
+            tensors[place] = value.detach()
             return {TENSOR_KEY: place}
         if isinstance(value, Mapping):  # as pairs, since JSON would make texts of the numbers that optimisers use
             return {PAIRS_KEY: [[key, encode(child, f"{place}/{key}")] for key, child in value.items()]}
@@ -56,7 +67,8 @@ def load_tree(path: Path) -> Any:
     try:
         with safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get(TREE_KEY)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the handle is no mapping
+            # Copies: a tensor that lies in the mapped file keeps it open, and Windows replaces no open file.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); go on from another state") from error
     if text is None:
@@ -83,7 +95,8 @@ def save_train_state(
     step: int,
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, Optimizer],
-    generators: Mapping[str, torch.Generator],
+    generators: Mapping[str, torch.Generator] = NO_PARTS,
+    counters: Mapping[str, Stateful] = NO_PARTS,
     extra: Any = None,
 ) -> None:
     """Writes one file with everything; `extra` is a tree of the caller's own."""
@@ -94,6 +107,7 @@ def save_train_state(
             "modules": {name: module.state_dict() for name, module in modules.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
             "generators": {name: generator.get_state() for name, generator in generators.items()},
+            "counters": {name: counter.state_dict() for name, counter in counters.items()},
             "extra": extra,
         },
     )
@@ -104,16 +118,16 @@ def load_train_state(
     *,
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, Optimizer],
-    generators: Mapping[str, torch.Generator],
+    generators: Mapping[str, torch.Generator] = NO_PARTS,
+    counters: Mapping[str, Stateful] = NO_PARTS,
 ) -> int:
     """Restores what `save_train_state` wrote and returns the number of steps already done.
 
     Raises:
         ValueError: no such file, a damaged one, or one of another model or optimiser.
     """
-    return restore_train_state(
-        load_tree(path), str(path), modules=modules, optimizers=optimizers, generators=generators
-    )
+    parts: dict[str, Any] = {"modules": modules, "optimizers": optimizers, "generators": generators}
+    return restore_train_state(load_tree(path), str(path), counters=counters, **parts)
 
 
 def restore_train_state(
@@ -122,7 +136,8 @@ def restore_train_state(
     *,
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, Optimizer],
-    generators: Mapping[str, torch.Generator],
+    generators: Mapping[str, torch.Generator] = NO_PARTS,
+    counters: Mapping[str, Stateful] = NO_PARTS,
 ) -> int:
     """As `load_train_state`, from a tree that is read already; `source` names it in errors."""
     try:
@@ -132,8 +147,10 @@ def restore_train_state(
             optimizer.load_state_dict(state["optimizers"][name])
         for name, generator in generators.items():
             generator.set_state(state["generators"][name])
+        for name, counter in counters.items():
+            counter.load_state_dict(state["counters"][name])
         return state["step"]
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"{source} is the state of another run ({' '.join(str(error).split())[:200]}); start without it, or with "
             "the settings it was made with"

@@ -16,11 +16,12 @@ from flux2_kit.training.config import MonitorConfig, OutputConfig, TrainConfig
 from flux2_kit.training.dataset import Dataset, list_dataset
 from flux2_kit.training.dataset_config import DatasetConfig, SubsetConfig
 from flux2_kit.training.encode import cache_latents, cache_text
-from flux2_kit.training.lora_recipe import TrainResult, train_lora
+from flux2_kit.training.lora_recipe import train_lora
 from flux2_kit.training.optimizers import OptimizerConfig
 from flux2_kit.training.tiny.captions import full_caption
 from flux2_kit.training.tiny.pictures import Scene, draw_scenes, seen_scenes
 from flux2_kit.training.train_files import find_train_files
+from flux2_kit.training.train_progress import TrainResult
 
 TINY = get_variant("tiny")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import json
 import math
@@ -21,14 +22,14 @@ def steps(path) -> list[int]:
 
 
 def write_steps(directory, first: int, last: int, *, first_step: int = 0) -> MetricsWriter:
-    writer = MetricsWriter(directory, "run", first_step=first_step)
+    writer = MetricsWriter(directory / "run-metrics.jsonl", first_step=first_step)
     for step in range(first, last):
         writer.write(step=step, epoch=1, loss=1 / step, learning_rate=1e-4, gradient_norm=0.5)
     return writer
 
 
 def test_records_come_back_as_they_were_written(tmp_path):
-    writer = MetricsWriter(tmp_path, "a b")
+    writer = MetricsWriter(tmp_path / "a b-metrics.jsonl")
     writer.write(step=1, epoch=1, loss=0.123456789012345, learning_rate=1e-4, gradient_norm=None)
     writer.write(step=1, validation_loss=0.5)
     assert writer.path == tmp_path / "a b-metrics.jsonl"
@@ -41,7 +42,7 @@ def test_records_come_back_as_they_were_written(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_null_and_the_file_stays_json(tmp_path):
-    writer = MetricsWriter(tmp_path, "run")
+    writer = MetricsWriter(tmp_path / "run-metrics.jsonl")
     writer.write(step=1, loss=math.nan, gradient_norm=math.inf)
     assert b"NaN" not in writer.path.read_bytes()
     record = json.loads(writer.path.read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -51,7 +52,7 @@ def test_a_loss_that_is_not_finite_is_null_and_the_file_stays_json(tmp_path):
 def test_a_killed_process_loses_no_line(tmp_path):
     script = (
         "import os, signal\nfrom pathlib import Path\nfrom flux2_kit.training.metrics import MetricsWriter\n"
-        f"writer = MetricsWriter(Path({str(tmp_path)!r}), 'run')\n"
+        f"writer = MetricsWriter(Path({str(tmp_path)!r}) / 'run-metrics.jsonl')\n"
         "for step in range(1, 8): writer.write(step=step, loss=0.5)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -87,7 +88,7 @@ def test_what_is_no_file_of_metrics_is_refused_and_kept(tmp_path):
     for text in ("diary\nof a cat\n", '{"step": "1"}\n{"step": 2}\n', "[" * 100_000 + "\n\n"):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"line 1 of .* is no record of training metrics"):
-            MetricsWriter(tmp_path, "run", first_step=3)
+            MetricsWriter(tmp_path / "run-metrics.jsonl", first_step=3)
         assert path.read_text() == text
 
 
@@ -100,7 +101,7 @@ def test_cutting_off_is_atomic(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="power cut"):
-        MetricsWriter(tmp_path, "run", first_step=3)
+        MetricsWriter(tmp_path / "run-metrics.jsonl", first_step=3)
     assert path.read_bytes() == before
 
 
@@ -127,6 +128,8 @@ def test_the_running_average_starts_at_the_first_value_and_skips_what_is_not_fin
 
 
 class Recorder:
+    name = "recorder"
+
     def __init__(self) -> None:
         self.logged, self.closed = [], 0
 
@@ -139,7 +142,7 @@ class Recorder:
 
 def test_trackers_are_told_every_finite_number_and_closed_once(tmp_path):
     tracker = Recorder()
-    writer = MetricsWriter(tmp_path, "run", trackers=[tracker])
+    writer = MetricsWriter(tmp_path / "run-metrics.jsonl", trackers=[tracker])
     writer.write(step=1, epoch=1, loss=0.5, gradient_norm=math.nan, validation_loss=None)
     writer.close()
     writer.close()
@@ -147,17 +150,8 @@ def test_trackers_are_told_every_finite_number_and_closed_once(tmp_path):
 
 
 def hide(monkeypatch, *packages: str) -> None:
-    for module in [module for module in sys.modules if module.partition(".")[0] in packages]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-
-    class Hidden:
-        @staticmethod
-        def find_spec(fullname, path=None, target=None):
-            if fullname in packages:
-                raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
-
-    monkeypatch.setattr(sys, "meta_path", [Hidden, *sys.meta_path])
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None if name in packages else find_spec(name))
 
 
 def test_no_tracker_is_opened_unless_asked(tmp_path):
@@ -190,7 +184,7 @@ def test_tensorboard_shows_the_numbers_and_forgets_what_is_measured_again(tmp_pa
 
     for first_step, last in ((0, 5), (2, 4)):
         trackers = open_trackers("all", tmp_path, run_name="run", first_step=first_step)
-        writer = MetricsWriter(tmp_path, "run", first_step=first_step, trackers=trackers)
+        writer = MetricsWriter(tmp_path / "run-metrics.jsonl", first_step=first_step, trackers=trackers)
         for step in range(first_step + 1, last + 1):
             writer.write(step=step, loss=step / 4 + first_step)
         writer.close()
@@ -205,11 +199,15 @@ def test_wandb_gets_run_settings_and_numbers(tmp_path, monkeypatch):
         log=lambda values, step: calls.append(("log", values, step)), finish=lambda: calls.append("finish")
     )
     wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     wandb.init = lambda **options: calls.append(("init", options)) or run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    trackers = open_trackers("wandb", tmp_path / "logs", run_name="cat", project="animals", settings={"rank": 8})
-    writer = MetricsWriter(tmp_path, "run", trackers=trackers)
+    trackers = open_trackers(
+        "wandb", tmp_path / "logs", run_name="cat", run_id="7", project="animals", settings={"rank": 8}
+    )
+    writer = MetricsWriter(tmp_path / "run-metrics.jsonl", trackers=trackers)
     writer.write(step=3, loss=0.5)
     writer.close()
     options = {"project": "animals", "name": "cat", "dir": str(tmp_path / "logs"), "config": {"rank": 8}}
+    options |= {"id": "7", "resume": "allow"}
     assert calls == [("init", options), ("log", {"loss": 0.5}, 3), "finish"]

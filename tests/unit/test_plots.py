@@ -79,7 +79,7 @@ def test_a_run_that_has_hardly_begun_can_be_drawn(records):
 
 
 def test_curves_of_a_file_are_written_whole(tmp_path):
-    writer = MetricsWriter(tmp_path, "run")
+    writer = MetricsWriter(tmp_path / "run-metrics.jsonl")
     for step in range(1, 5):
         writer.write(step=step, loss=0.5)
     image = draw_curves(writer.path, tmp_path / "curves.png")
