@@ -98,14 +98,17 @@ def write_lora(
 def reading_notes(lora: Lora, dialect: Dialect = "comfy") -> tuple[str, ...]:
     """What programs make of a LoRA's file in this dialect where it is not what the LoRA is; none where all agree.
 
-    Measured with diffusers 0.42 and ComfyUI 0.3.75.
+    Measured with diffusers 0.38 to 0.42, ComfyUI 0.3.75, and ai-toolkit and musubi-tuner of summer 2026.
     """
     if dialect == "diffusers":
         return ()
     parts = [part for factors in lora.layers.values() for part in factors]
     notes = []
     if any(part.magnitude is not None for part in parts):
-        notes.append("diffusers leaves out the magnitudes of DoRA; for it, convert the LoRA to the diffusers dialect")
+        notes.append(
+            "diffusers, ai-toolkit and musubi-tuner leave out the magnitudes of DoRA; for diffusers, convert the LoRA "
+            "to the diffusers dialect"
+        )
     if any(part.magnitude is not None and part.magnitude.shape[1] == 1 for part in parts):
         notes.append(
             "ComfyUI's own LoRA loaders divide the magnitudes of DoRA by other norms, which changes some per cent of "
@@ -115,6 +118,13 @@ def reading_notes(lora: Lora, dialect: Dialect = "comfy") -> tuple[str, ...]:
     if others := sorted({part.kind for part in parts if not isinstance(part, read)}):
         advice = "; for it, write comfy" if others == ["LoKr"] else ""
         notes.append(f"diffusers does not read {' and '.join(others)} of the {dialect} dialect{advice}")
+    elif any(isinstance(part, LokrFactors) for part in parts):
+        notes.append("diffusers reads LoKr from version 0.42 on")
+    if len({part.rank for part in parts if isinstance(part, LoraFactors)}) > 1:
+        notes.append(
+            "diffusers before 0.40 takes layers of another rank at another strength; for it, convert the LoRA to the "
+            "diffusers dialect"
+        )
     wrong = [layer for layer in lora.layers if layer in UNREAD_BY_DIFFUSERS[dialect]]
     if wrong:
         what = "swaps the halves of" if dialect == "comfy" else "leaves out"

@@ -222,7 +222,7 @@ def test_dialects_are_told_apart_by_tensor(tmp_path):
     for index, layer in enumerate(SHAPES):
         dialect = list(DIALECTS.values())[index % len(DIALECTS)]
         dialect = (*dialect[:3], "tensor")
-        file = write(tmp_path / "part.safetensors", {layer: KNOWN[layer]}, *dialect)
+        file = write(tmp_path / f"{index}.safetensors", {layer: KNOWN[layer]}, *dialect)
         tensors |= load_file(file)
     save_file(tensors, tmp_path / "mixed.safetensors")
     assert_deltas(read_lora(tmp_path / "mixed.safetensors", CONFIG), dense(KNOWN))
