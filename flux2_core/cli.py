@@ -7,6 +7,7 @@ Nothing heavy is imported before the options are read, so that help and usage er
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import signal
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None, add_commands: AddCommands | None = N
             args.parser.error(f"one of the arguments {' '.join(f'--{name}' for name in REQUESTS)} is required")
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else EXIT_REFUSED
-    with _logging(logging.DEBUG if args.debug else logging.INFO) as logger, _terminable():
+    with _logging(logging.DEBUG if args.debug else logging.INFO) as logger, _terminable(), _any_name_printable():
         try:
             return args.run(args)
         except KeyboardInterrupt:
@@ -469,6 +470,21 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _any_name_printable() -> Iterator[None]:
+    """Signs of files' names and prompts that the output's encoding has not are escaped, as on stderr, and no error."""
+    output = sys.stdout
+    if not isinstance(output, io.TextIOWrapper):
+        yield
+        return
+    before = output.errors
+    output.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        output.reconfigure(errors=before)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def _entries_of_folder(subset: SubsetConfig, folder: Path, roots: Sequence[Path]
     images = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
     _tell_left_out(folder, files)
     if not images:
-        raise ValueError(_say_no_pictures(folder))
+        raise ValueError(_say_no_pictures(folder, files))
     extension = subset.caption_extension.lower()
     captions = {
         comparable(file.name)[: -len(extension)]: file for file in files if file.name.lower().endswith(extension)
@@ -330,13 +330,18 @@ def _make_item(
     if entry.mask is not None:
         _check_mask(size_of(entry.mask, f"mask {entry.mask.name}"), size, entry.mask.name)
     caption = (entry.caption or "").replace("\r\n", "\n").replace("\r", "\n").strip()
+    captions = caption_orders(caption, subset, seed=seed)
+    try:
+        captions[0].encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"its caption holds half a character ({error}); correct it there") from error
     return DatasetItem(
         subset=index,
         name=_name_in(subset.folder, entry.image),
         image=entry.image,
         size=size,
         bucket=choose_bucket(*size, subset),
-        captions=caption_orders(caption, subset, seed=seed),
+        captions=captions,
         caption_is_missing=not caption,
         references=entry.references,
         reference_sizes=tuple(reference_sizes),
@@ -381,7 +386,7 @@ def _tell_missing_captions(subset: SubsetConfig, items: Sequence[DatasetItem]) -
                     f"{subset.place}: no picture has a caption ending in {subset.caption_extension}, but there are "
                     f'files ending in {suffix}; set caption_extension = "{suffix}"'
                 )
-        table = next((name for name in TABLE_NAMES if any(file.name == name for file in files)), None)
+        table = _find_table(files)
         if table is not None:
             raise ValueError(
                 f"{subset.place}: no picture has a caption, but there is {table}; give that file as the dataset (in "
@@ -397,6 +402,11 @@ def _tell_missing_captions(subset: SubsetConfig, items: Sequence[DatasetItem]) -
     )
 
 
+def _find_table(files: Sequence[Path]) -> str | None:
+    names = {file.name for file in files}
+    return next((name for name in TABLE_NAMES if name in names), None)
+
+
 def _tell_left_out(folder: Path, files: Sequence[Path]) -> None:
     names = [file.name for file in files if file.suffix.lower() in OTHER_PICTURE_SUFFIXES]
     if names:
@@ -406,8 +416,11 @@ def _tell_left_out(folder: Path, files: Sequence[Path]) -> None:
         )  # fmt: skip
 
 
-def _say_no_pictures(folder: Path) -> str:
+def _say_no_pictures(folder: Path, files: Sequence[Path]) -> str:
     text = f"no pictures in {folder}; put {', '.join(suffix[1:] for suffix in PICTURE_SUFFIXES)} files there"
+    table = _find_table(files)
+    if table is not None:
+        return f"{text}, or give {folder / table} as the dataset"
     with os.scandir(folder) as entries:
         folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if folders:

@@ -185,6 +185,8 @@ def load_dataset_config(
         ValueError: the file is missing, too large or damaged, has unknown or wrong settings, or names a path outside
             of ``roots``.
     """
+    if not os.fspath(path):
+        raise ValueError("no dataset is given; name a file or folder, '.' for the one you are in")
     path = Path(path)
     inside = None if roots is None else tuple(Path(root).resolve() for root in roots)
     check_inside(path, inside, "the dataset")

@@ -97,6 +97,9 @@ class TestFolders:
         save(tmp_path / "pictures" / "inner" / "a.png")
         with pytest.raises(ValueError, match=r"no pictures in .*Folders inside are not searched.*inner"):
             list_folder(tmp_path)
+        (tmp_path / "pictures" / "metadata.csv").touch()
+        with pytest.raises(ValueError, match=r"no pictures in .*, or give .*pictures.metadata\.csv as the dataset"):
+            list_folder(tmp_path)
 
     def test_links_that_lead_nowhere_are_told(self, tmp_path):
         save(tmp_path / "elsewhere" / "a.png")
@@ -498,6 +501,7 @@ class TestTables:
             ({"image": "a.png", "prompt": "x", "edit_image": "[a.png]"}, "line 2: .* is no list"),
             ({"image": "a.png", "prompt": "x", "edit_image": ["b.png"]}, "line 2: a reference: nothing is at"),
             ({"image": "a.png", "prompt": "x", "control_path": "a.png", "control_path_0": "a.png"}, "given twice"),
+            ({"image": "a.png", "prompt": "half: \ud83d"}, "line 2, a.png: its caption holds half a character"),
             ({"video": "a.mp4", "prompt": "x"}, "line 2: video: this table is for video"),
             ({"image_path_0": "a.png", "caption": "x"}, "line 2: image_path_0: several targets"),
             ({"image": "http://example.org/a.png", "prompt": "x"}, "line 2: .*download it first"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,15 @@ def test_the_command_writes_the_contact_sheet(settings, capsys, name, kind):
 def test_the_contact_sheet_shows_what_is_cropped_off_dark(tmp_path):
     """A picture whose trained centre is blue and whose ends are red."""
     image = Image.new("RGB", (384, 128), RED)
+@pytest.mark.parametrize("name", ["写真.png", "caf\udce9.png"])  # the second is Latin-1 on disk
+def test_names_that_the_output_cannot_show_are_escaped(tmp_path, monkeypatch, name):
+    save(tmp_path / name, (100, 100))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252", errors="strict"))
+    assert main(["dataset", str(tmp_path)]) == 0
+    sys.stdout.seek(0)
+    assert "1 missing: " + name.encode("cp1252", "backslashreplace").decode() in sys.stdout.read()
+
+
     image.paste(BLUE, (128, 0, 256, 128))
     image.save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("x")

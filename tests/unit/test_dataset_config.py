@@ -232,6 +232,11 @@ def test_damaged_and_oversized_files_are_refused(tmp_path):
         load_dataset_config(other)
 
 
+def test_an_empty_path_is_not_the_working_directory():
+    with pytest.raises(ValueError, match="no dataset is given"):
+        load_dataset_config("")
+
+
 def test_settings_may_begin_with_a_byte_order_mark(pictures):
     path = pictures.parent / "dataset.toml"
     path.write_text('\ufeff[[datasets]]\nimage_directory = "pictures"\n', encoding="utf-8")
