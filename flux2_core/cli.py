@@ -288,11 +288,11 @@ def _add_convert_lora(commands: argparse._SubParsersAction[Any], common: Parser)
     parser = commands.add_parser("convert-lora", parents=[common], help="write a LoRA in another dialect")
     parser.description = (
         "Writes a LoRA of any dialect as comfy (ComfyUI, diffusers and ai-toolkit read it), kohya (musubi-tuner,\n"
-        "sd-scripts) or diffusers (PEFT)."
+        "sd-scripts), diffusers (PEFT) or diffsynth (DiffSynth-Studio)."
     )
     parser.add_argument("input", metavar="IN", help="the LoRA to read")
     parser.add_argument("output", metavar="OUT", help="the .safetensors file to write")
-    parser.add_argument("--to", required=True, choices=("comfy", "kohya", "diffusers"), help="the dialect")
+    parser.add_argument("--to", required=True, choices=("comfy", "kohya", "diffusers", "diffsynth"), help="the dialect")
     _add_allow_unmatched(parser)
     _add_conversion_options(parser, "the LoRA's")
     parser.set_defaults(run=_run_convert_lora)

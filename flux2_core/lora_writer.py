@@ -1,4 +1,4 @@
-"""LoRA files out: ComfyUI's dialect by default, kohya's and diffusers' on request."""
+"""LoRA files out: ComfyUI's dialect by default; kohya's, diffusers' and DiffSynth-Studio's on request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .files import write_safetensors
 from .lora_factors import DiffFactors, Factors, LohaFactors, LokrFactors, Lora, LoraFactors
 from .lora_files import METADATA_KEY, diffusers_steps
 
-Dialect = Literal["comfy", "kohya", "diffusers"]
+Dialect = Literal["comfy", "kohya", "diffusers", "diffsynth"]
 
 MODULATIONS = (
     "double_stream_modulation_img.lin", "double_stream_modulation_txt.lin", "single_stream_modulation.lin",
@@ -57,7 +57,8 @@ def write_lora(
     program reads that, at the right strength, but for what `reading_notes` names. ``kohya`` is
     ``lora_unet_<BFL_name>.lora_down/lora_up.weight`` with ``.alpha``. ``diffusers`` is
     ``transformer.<diffusers name>.lora_A/lora_B.weight`` with separate q, k, v and alpha
-    in the metadata, where only diffusers and PEFT look for it.
+    in the metadata, where only diffusers and PEFT look for it. ``diffsynth`` is
+    ``<diffusers name>.lora_A/lora_B.default.weight`` with alpha multiplied in, all that DiffSynth-Studio reads.
 
     Args:
         dtype: type of the factors; None keeps what they have, the widest of them in ``diffusers``. Alpha is fp32.
@@ -71,7 +72,11 @@ def write_lora(
     kept = {key: value for key, value in lora.metadata.items() if key not in DROPPED_METADATA}
     ours = {"format": "pt", "modelspec.sai_model_spec": "1.0.0", "modelspec.title": Path(path).stem}
     tensors: dict[str, Tensor] = {}
-    if dialect == "diffusers":
+    if dialect == "diffsynth":
+        for layer, parts in lora.layers.items():
+            for module in _diffusers_modules(lora, layer, parts):
+                tensors |= _diffsynth_tensors(lora, module)
+    elif dialect == "diffusers":
         modules = [module for layer, parts in lora.layers.items() for module in _diffusers_modules(lora, layer, parts)]
         plain = [module.name for module in modules if module.magnitude is None]
         if 0 < len(plain) < len(modules):
@@ -100,7 +105,7 @@ def reading_notes(lora: Lora, dialect: Dialect = "comfy") -> tuple[str, ...]:
 
     Measured with diffusers 0.38 to 0.42, ComfyUI 0.3.75, and ai-toolkit and musubi-tuner of summer 2026.
     """
-    if dialect == "diffusers":
+    if dialect in ("diffusers", "diffsynth"):
         return ()
     parts = [part for factors in lora.layers.values() for part in factors]
     notes = []
@@ -172,8 +177,8 @@ def _diffusers_modules(lora: Lora, layer: str, parts: tuple[Factors, ...]) -> li
     (factors,) = parts if len(parts) == 1 else (None,)
     if not isinstance(factors, LoraFactors) or factors.rows is not None:
         raise ValueError(
-            f"{lora.name}: {layer} is a {parts[0].kind}, and the diffusers dialect is for LoRA and DoRA; "
-            "write comfy or kohya"
+            f"{lora.name}: {layer} is a {parts[0].kind}, and the dialects of diffusers and DiffSynth-Studio are for "
+            "LoRA and DoRA; write comfy or kohya"
         )
     magnitude = factors.magnitude
     if magnitude is not None and magnitude.shape[1] != 1:
@@ -224,6 +229,14 @@ def _diffusers_tensors(module: _Module) -> dict[str, Tensor]:
     if module.magnitude is not None:
         tensors[f"{stem}.lora_magnitude_vector"] = module.magnitude.clone()
     return tensors
+
+
+def _diffsynth_tensors(lora: Lora, module: _Module) -> dict[str, Tensor]:
+    if module.magnitude is not None:
+        raise ValueError(f"{lora.name}: {module.name} is a DoRA, which DiffSynth-Studio does not have; write diffusers")
+    lora_B = _scaled(module.lora_B, module.alpha / module.lora_A.shape[0])
+    factors = {"lora_A": module.lora_A, "lora_B": lora_B}
+    return {f"{module.name}.{name}.default.weight": tensor.clone() for name, tensor in factors.items()}
 
 
 def _peft_config(modules: list[_Module]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class ConvertLoRA:
         "Writes a LoRA in another dialect, for other programs, as a new file in models/loras. Nothing is overwritten. "
         "FLUX.2 Apply LoRA reads every dialect as it is."
     )
-    SEARCH_ALIASES = ("convert lora", "kohya", "diffusers lora", "peft", "lora format", "save lora")
+    SEARCH_ALIASES = ("convert lora", "kohya", "diffusers lora", "peft", "diffsynth", "lora format", "save lora")
     FUNCTION = "convert"
     OUTPUT_NODE = True
     RETURN_TYPES = ("FLUX2_LORA", "STRING")
@@ -94,7 +94,8 @@ class ConvertLoRA:
                     {
                         "default": "comfy",
                         "tooltip": "comfy: read by ComfyUI, ai-toolkit and diffusers. kohya: the names of "
-                        "musubi-tuner. diffusers: diffusers and PEFT, with q, k and v apart.",
+                        "musubi-tuner. diffusers: diffusers and PEFT, with q, k and v apart. diffsynth: "
+                        "DiffSynth-Studio.",
                     },
                 ),
                 "precision": (

@@ -637,14 +637,17 @@ def same_file(first: Path, second: Path) -> None:
         assert torch.equal(one[name], two[name]) and one[name].dtype == two[name].dtype, name
 
 
-@pytest.mark.parametrize("through", ["comfy", "kohya", "diffusers"])
-@pytest.mark.parametrize("start", ["comfy", "kohya", "diffusers"])
+BAKED = ("comfy", "diffsynth")
+
+
+@pytest.mark.parametrize("through", ["comfy", "kohya", "diffusers", "diffsynth"])
+@pytest.mark.parametrize("start", ["comfy", "kohya", "diffusers", "diffsynth"])
 def test_round_trips_are_exact(lora, start, through, tmp_path):
-    """comfy has no alpha: from the others, the file that comes back says the same with alpha multiplied in."""
+    """Two have no alpha: from the others, the file that comes back says the same with alpha multiplied in."""
     first = write_lora(tmp_path / "1.safetensors", lora, start)
     there = write_lora(tmp_path / "2.safetensors", read_lora(first, CONFIG), through)
     back = write_lora(tmp_path / "3.safetensors", read_lora(there, CONFIG), start)
-    if through != "comfy" or start == "comfy":
+    if through not in BAKED or start in BAKED:
         same_file(first, back)
     assert_deltas(read_lora(back, CONFIG), dense(KNOWN))
     assert {group.rank for group in read_lora(back, CONFIG).report.groups} == {2, 4}
@@ -654,6 +657,14 @@ def test_round_trips_are_exact(lora, start, through, tmp_path):
 
 
 METADATA = "lora_adapter_metadata"
+
+
+def test_a_file_for_diffsynth_is_like_its_own(lora, tmp_path):
+    theirs = load_file(write(tmp_path / "theirs.safetensors", KNOWN, *DIALECTS["DiffSynth"]))
+    ours = load_file(write_lora(tmp_path / "ours.safetensors", lora, "diffsynth"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert relative(ours[name], tensor) <= LIMIT, name
 
 
 @pytest.mark.parametrize("through", ["comfy", "kohya"])
@@ -732,12 +743,15 @@ def test_what_a_dialect_cannot_express_is_named(lora, tmp_path):
     column = read(plain | {"img_in.dora_scale": torch.ones(1, 128)})
     mixed = read(plain | {"txt_in.dora_scale": torch.ones(64, 1), "txt_in.lora_A.weight": torch.ones(2, 48),
                           "txt_in.lora_B.weight": torch.ones(64, 2)})  # fmt: skip
+    dora = read(plain | {"img_in.dora_scale": torch.ones(64, 1)})
     whole = read({f"{PROJ}.{role}": tensor for role, tensor in lokr.items()})
     part = read({f"transformer_blocks.1.attn.to_k.{role}": tensor for role, tensor in lokr.items()})
     for found, dialect, message in (
         (column, "diffusers", "img_in has a magnitude per column"),
         (mixed, "diffusers", "x_embedder has no DoRA"),
         (whole, "diffusers", f"{PROJ} is a LoKr"),
+        (whole, "diffsynth", f"{PROJ} is a LoKr"),
+        (dora, "diffsynth", "x_embedder is a DoRA, which DiffSynth-Studio does not have"),
         (part, "comfy", f"LoKr of separate q, k, v in {QKV}"),
         (part, "kohya", f"LoKr of separate q, k, v in {QKV}"),
         (lora, "peft", "unknown LoRA dialect"),
