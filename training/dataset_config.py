@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -405,5 +404,5 @@ def _check_resolution(name: str, sides: tuple[int, int]) -> None:
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high:  # NaN is not either
         raise ValueError(f"{name} is {value}; it must be {low} to {high}")

@@ -163,6 +163,8 @@ def test_keys_of_video_are_refused_by_name(pictures, key, in_general):
         ({"enable_bucket": 1}, "enable_bucket must be true or false"),
         ({"caption_dropout": 1.5}, "caption_dropout is 1.5"),
         ({"caption_dropout": "x"}, "caption_dropout must be a number"),
+        ({"caption_dropout": float("nan")}, "caption_dropout is nan"),
+        ({"num_repeats": 10**400}, "num_repeats is 1000"),
         ({"caption_dropout": 10**400}, "caption_dropout is too large"),
         ({"cache_directory": "a\0b"}, "cache_directory is .* no path"),
         ({"validation_fraction": 1}, "validation_fraction is 1"),
