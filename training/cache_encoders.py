@@ -16,8 +16,12 @@ from torch import Tensor
 from ..flux2_core.autoencoder import PIXELS_PER_LATENT, Flux2Autoencoder
 from ..flux2_core.checkpoint import load_autoencoder
 from ..flux2_core.command_errors import is_out_of_memory
+from ..flux2_core.device_memory import available_host_bytes, device_budget
 from ..flux2_core.images import image_to_tensor, open_picture
-from ..flux2_core.text_encoder import TextEncoder, load_text_encoder
+from ..flux2_core.memory import MemoryRequest, plan_text_encoder
+from ..flux2_core.placement import NAMES, place_text_encoder, text_encoder_facts, text_encoder_variant
+from ..flux2_core.streaming import BlockStreamer, stream_text_encoder
+from ..flux2_core.text_encoder import TextEncoder
 from ..flux2_core.variants import TextEncoderConfig
 from .cache_plan import PictureFile
 from .fingerprint import AutoencoderIdentity, TextEncoderIdentity
@@ -114,7 +118,7 @@ class PictureEncoder:
 
 
 class CaptionEncoder:
-    """A text encoder for captions.
+    """A text encoder for captions; layers that do not fit on the device are streamed, which changes no bit.
 
     Args:
         path: of the weights.
@@ -135,15 +139,16 @@ class CaptionEncoder:
         batch_size: int | None = None,
         tokenizer: str | Path | None = None,
     ) -> None:
-        self.path = path
+        self.path = Path(path)
         self.config = config
         self.identity = identity
-        self.device = device
+        self.device = torch.device(device)
         self.max_batch = batch_size or 1
-        self.tokenizer = tokenizer
+        self.tokenizer = None if tokenizer is None else Path(tokenizer)
         self.cut: list[str] = []
         """Captions that lost tokens at the end."""
         self._text_encoder: TextEncoder | None = None
+        self._streamer: BlockStreamer | None = None
 
     def batch_size(self, caption: str) -> int:
         """How many captions go together."""
@@ -163,22 +168,40 @@ class CaptionEncoder:
                 embeddings += list(result)
             elif len(chunk) > 1:
                 self.max_batch = len(chunk) // 2
-            else:
+            elif not self._keep_less():
                 raise ValueError("one caption does not fit into memory; take --text_encoder_dtype bf16 or --device cpu")
         return embeddings
 
     def _encode(self, captions: Sequence[str]) -> Tensor:
         if self._text_encoder is None:
-            self._text_encoder = load_text_encoder(
-                self.path,
-                self.config,
-                tokenizer=self.tokenizer,
-                dtype=self.identity.torch_dtype,
-                device=self.device,
-            )
+            self._text_encoder, self._streamer = self._load()
         encoding = self._text_encoder.encode(captions)
         self.cut += [caption for caption, num_cut in zip(captions, encoding.num_cut, strict=True) if num_cut]
         return encoding.embeddings.cpu()
+
+    def _load(self) -> tuple[TextEncoder, BlockStreamer | None]:
+        variant, facts = text_encoder_variant(self.path), text_encoder_facts(self.path)
+        assert variant is not None, "its width was checked when it was identified"
+        request = MemoryRequest(
+            variant=variant,
+            text_encoder_precision=NAMES[self.identity.torch_dtype],
+            text_encoder_file=facts,
+            device_type=self.device.type,
+        )
+        plan = plan_text_encoder(request, device_budget(self.device), available_host_bytes())
+        return place_text_encoder(self.path, self.config, plan, self.device, facts=facts, tokenizer=self.tokenizer)
+
+    def _keep_less(self) -> bool:
+        """Leaves the layers in host memory; whether that is less than before."""
+        if self._text_encoder is None:
+            return False
+        if self._streamer is None:
+            self._streamer = stream_text_encoder(self._text_encoder, self.device, num_resident=0)
+        elif self._streamer.num_resident:
+            self._streamer.set_num_resident(0)
+        else:
+            return False
+        return True
 
 
 def unless_out_of_memory(compute: Callable[[], Tensor]) -> Tensor | None:

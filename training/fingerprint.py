@@ -19,6 +19,7 @@ import torch
 from ..flux2_core.checkpoint import autoencoder_config
 from ..flux2_core.detect import component_steps, describe_other, detect
 from ..flux2_core.files import read_json_object
+from ..flux2_core.placement import NAMES
 from ..flux2_core.quantization import FLOAT8_DTYPES, FLOAT_DTYPES, split_quantisation
 from ..flux2_core.tensor_source import TORCH_DTYPES, TensorEntry, TensorSource, spread_samples
 from ..flux2_core.tokenizer import PromptTokenizer, find_tokenizer
@@ -161,7 +162,7 @@ def identify_text_encoder(
     stored = source.dtype(f"{prefix}layers.0.self_attn.q_proj.weight")
     return TextEncoderIdentity(
         fingerprint=_fingerprint(parts, settings),
-        dtype=_name(dtype or (stored if stored in FLOAT_DTYPES else torch.bfloat16)),
+        dtype=_name(dtype or (stored if stored is not None and stored in NAMES else torch.bfloat16)),
         file=source.path.name,
         family=config.family,
         context_dim=config.context_dim,

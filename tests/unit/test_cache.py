@@ -20,6 +20,7 @@ import torch
 from flux2_kit.flux2_core.checkpoint import load_autoencoder
 from flux2_kit.flux2_core.images import image_to_tensor, load_image
 from flux2_kit.flux2_core.pipeline import encode_prompt, encode_references
+from flux2_kit.flux2_core.placement import place_text_encoder
 from flux2_kit.flux2_core.sampling import Stopped
 from flux2_kit.flux2_core.text_encoder import TextEncoder, load_text_encoder
 from flux2_kit.flux2_core.variants import VARIANTS
@@ -115,7 +116,7 @@ def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("an encoder was loaded")
 
     monkeypatch.setattr(cache_encoders, "load_autoencoder", refuse)
-    monkeypatch.setattr(cache_encoders, "load_text_encoder", refuse)
+    monkeypatch.setattr(cache_encoders, "place_text_encoder", refuse)
 
 
 # What is in the files
@@ -233,15 +234,55 @@ def test_captions_go_one_by_one_unless_asked_for(filled, monkeypatch):
             counts.append(len(prompts))
             return super().encode(prompts)
 
-    def load(*arguments, **settings):
-        loaded = load_text_encoder(*arguments, **settings)
-        return Recorder(loaded.model, loaded.tokenizer, loaded.config)
+    def place(*arguments, **settings):
+        loaded, streamer = place_text_encoder(*arguments, **settings)
+        return Recorder(loaded.model, loaded.tokenizer, loaded.config), streamer
 
-    monkeypatch.setattr(cache_encoders, "load_text_encoder", load)
+    monkeypatch.setattr(cache_encoders, "place_text_encoder", place)
     for batch_size in (None, 3):
         options = CacheOptions(batch_size=batch_size, skip_existing=False)
         cache_text(listing(filled), TEXT_ENCODER, TINY.text_encoder, options)
     assert counts == [1, 1, 1, 1, 3, 1]
+
+
+def test_layers_that_do_not_fit_are_streamed_to_the_same_bits(filled, monkeypatch):
+    whole = {name: (filled / "flux2_cache" / name).read_bytes() for name in cached_files(filled)}
+    plans = []
+
+    def place(path, config, plan, device, **settings):
+        plans.append(plan)
+        return place_text_encoder(path, config, plan, device, **settings)
+
+    monkeypatch.setattr(cache_encoders, "place_text_encoder", place)
+    for budget in (None, 600_000, 300_000):
+        monkeypatch.setattr(cache_encoders, "device_budget", lambda _device, budget=budget: budget)
+        cache_text(listing(filled), TEXT_ENCODER, TINY.text_encoder, CacheOptions(skip_existing=False))
+        assert {name: (filled / "flux2_cache" / name).read_bytes() for name in cached_files(filled)} == whole
+    assert [plan.num_resident for plan in plans] == [3, 2, 0]
+
+
+def test_layers_leave_where_memory_runs_out_after_all(filled, monkeypatch):
+    whole = {name: (filled / "flux2_cache" / name).read_bytes() for name in cached_files(filled)}
+    num_failures = 1
+
+    class Large(TextEncoder):
+        def encode(self, prompts):
+            nonlocal num_failures
+            if num_failures:
+                num_failures -= 1
+                raise torch.OutOfMemoryError("out of memory")
+            return super().encode(prompts)
+
+    def place(*arguments, **settings):
+        loaded, streamer = place_text_encoder(*arguments, **settings)
+        return Large(loaded.model, loaded.tokenizer, loaded.config), streamer
+
+    monkeypatch.setattr(cache_encoders, "place_text_encoder", place)
+    cache_text(listing(filled), TEXT_ENCODER, TINY.text_encoder, CacheOptions(skip_existing=False))
+    assert {name: (filled / "flux2_cache" / name).read_bytes() for name in cached_files(filled)} == whole
+    num_failures = 2
+    with pytest.raises(ValueError, match="one caption does not fit into memory"):
+        cache_text(listing(filled), TEXT_ENCODER, TINY.text_encoder, CacheOptions(skip_existing=False))
 
 
 def test_batches_of_pictures_are_close_to_single_ones(filled):
