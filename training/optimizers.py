@@ -299,13 +299,12 @@ def make_optimizer(
         arguments["fused"] = {device.type for device in devices} <= {"cpu", "cuda"}
     if kind.__module__.startswith("prodigyopt") and len({group.get("lr", config.rate) for group in groups}) > 1:
         raise ValueError("prodigy finds one learning rate for all; leave out loraplus_lr_ratio")
-    if kind.__module__.startswith("bitsandbytes"):
-        for device in devices:
-            _try_one_step(kind, arguments, device)
     try:
         optimizer = kind(groups, lr=config.rate, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ValueError(f"{kind.__name__} refuses its settings, {arguments}: {error}") from error
+    for device in devices:
+        _try_one_step(kind, arguments, device)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
@@ -429,15 +428,17 @@ def _refuse_what_pip_did_not_install(module_name: str, asked: str) -> None:
 
 
 def _try_one_step(kind: type[Any], arguments: Mapping[str, Any], device: torch.device) -> None:
-    """Whether bitsandbytes has what it needs for this device shows in a step, not in the import."""
+    """What an optimiser needs of gradients, and bitsandbytes of the device, shows in a step, not in the import."""
     if device.type == "cpu" and (kind.__name__.startswith("Paged") or arguments.get("is_paged")):
         raise ValueError(f"{kind.__name__} pages between GPU and host memory; use adamw on the CPU")
     parameter = torch.nn.Parameter(torch.zeros(128, 128, device=device))
     parameter.grad = torch.zeros_like(parameter)
     try:
-        kind([parameter], lr=DEFAULT_LEARNING_RATE, **arguments).step()
+        optimizer = kind([parameter], lr=DEFAULT_LEARNING_RATE, **arguments)
+        set_training(optimizer, True)
+        optimizer.step()
     except Exception as error:
-        raise ValueError(f"{kind.__name__} of bitsandbytes does not run on {device}: {error}; use adamw") from error
+        raise ValueError(f"{kind.__name__} cannot train a LoRA on {device}: {error}; use adamw") from error
 
 
 def effective_rate(optimizer: Optimizer) -> float:

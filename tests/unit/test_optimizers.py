@@ -42,6 +42,8 @@ TYPES = {
 def needs(package: str | None) -> None:
     if package is not None and package not in INSTALLED:
         pytest.skip(f"{package} is not installed")
+    if package == "bitsandbytes" and (found := Version(metadata.version(package))) < Version("0.50"):
+        pytest.skip(f"the 8-bit optimisers of bitsandbytes {found} need a GPU")
 
 
 class Run:
@@ -196,10 +198,15 @@ def test_bitsandbytes_that_cannot_step_is_found_before_training(monkeypatch):
     needs("bitsandbytes")
     kind, _ = find_optimizer(OptimizerConfig(optimizer_type="adamw8bit"))
     monkeypatch.setattr(kind, "step", lambda self: (_ for _ in ()).throw(RuntimeError("no kernel image")))
-    with pytest.raises(ValueError, match="AdamW8bit of bitsandbytes does not run on cpu: no kernel image; use adamw"):
+    with pytest.raises(ValueError, match="AdamW8bit cannot train a LoRA on cpu: no kernel image; use adamw"):
         Run("adamw8bit")
     with pytest.raises(ValueError, match="PagedAdamW8bit pages between GPU and host memory; use adamw on the CPU"):
         Run("PagedAdamW8bit")
+
+
+def test_an_optimiser_for_other_gradients_is_found_before_training():
+    with pytest.raises(ValueError, match="SparseAdam cannot train a LoRA on cpu: .*dense gradients.*; use adamw"):
+        Run("SparseAdam")
 
 
 @pytest.mark.parametrize(
@@ -365,14 +372,17 @@ SCHEDULES = {
     ("name", "ours", "theirs"), [(name, *pair) for name, pairs in SCHEDULES.items() for pair in pairs]
 )
 def test_a_schedule_is_that_of_transformers_over_the_whole_run(name, ours, theirs):
-    from transformers import get_scheduler
+    from transformers.optimization import get_inverse_sqrt_schedule, get_scheduler
 
     num_steps, config = 60, ScheduleConfig(lr_scheduler=name, **ours)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-3)
     warmup = {"10%": 6, 0.1: 6}.get(ours.get("lr_warmup_steps", 0), ours.get("lr_warmup_steps", 0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, since the optimiser makes no step
-        scheduler = get_scheduler(name, optimizer, warmup, num_steps, theirs)
+        if name == "inverse_sqrt":  # get_scheduler of transformers 4.56 drops the timescale
+            scheduler = get_inverse_sqrt_schedule(optimizer, warmup, **theirs)
+        else:
+            scheduler = get_scheduler(name, optimizer, warmup, num_steps, theirs)
         for step in range(num_steps + 1):
             factor = learning_rate_factor(step, num_steps, config)
             assert factor == pytest.approx(optimizer.param_groups[0]["lr"] / 1e-3, abs=1e-12), step
