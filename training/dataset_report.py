@@ -15,6 +15,8 @@ from .dataset_tables import shorten_names
 
 MUCH_CROPPED = 0.1
 """Pictures that lose more than this share of their area are named."""
+MUCH_UPSCALED = 1.1
+"""Pictures that grow by more than this factor are named; buckets have steps, so a few percent are common."""
 CONTROL_FIT_TEXTS = {
     "inference": "scaled as when generating",
     "target": "scaled to the picture's bucket",
@@ -46,7 +48,7 @@ class SubsetReport:
     cropped: tuple[tuple[str, float], ...]
     """Name and share of the area that is cut off, where it is over `MUCH_CROPPED`; the most first."""
     upscaled: tuple[tuple[str, float], ...]
-    """Name and factor; the most first."""
+    """Name and factor, where it is over `MUCH_UPSCALED`; the most first."""
     cut: tuple[tuple[str, int], ...] | None
     """Name and tokens that are cut off its caption; the most first. None: not counted."""
 
@@ -107,7 +109,7 @@ def _report_subset(config: SubsetConfig, items: Sequence[DatasetItem], count_cut
         reference_counts=tuple(sorted(Counter(len(item.references) for item in items).items())),
         num_masks=sum(item.mask is not None for item in items),
         cropped=_above(cropped, MUCH_CROPPED),
-        upscaled=_above(upscaled, 1),
+        upscaled=_above(upscaled, MUCH_UPSCALED),
         cut=None if cut is None else _above(cut, 0),
     )
 
@@ -162,7 +164,7 @@ def _rows(subset: SubsetReport, not_counted: str) -> list[tuple[str, str]]:
         rows.append(("masks", str(subset.num_masks)))
     rows += [
         ("cropped by more than 10 %", _list([(name, f"{share:.0%}") for name, share in subset.cropped])),
-        ("upscaled", _list([(name, f"{factor:.2f}x") for name, factor in subset.upscaled])),
+        ("upscaled by more than 10 %", _list([(name, f"{factor:.2f}x") for name, factor in subset.upscaled])),
         ("tokens cut", cut),
     ]
     return rows
