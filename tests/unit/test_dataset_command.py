@@ -122,11 +122,11 @@ def test_a_bare_folder_is_taken_at_the_size_of_the_variant(settings, capsys):
         (["nowhere"], "no dataset at nowhere"),
         (["SETTINGS", "--preview", "out.pdf"], "must end in .jpg"),
         (["SETTINGS", "--preview", "nowhere/out.jpg"], "is no folder"),
+        (["SETTINGS", "--preview", "FOLDER/two/out.jpg"], "among the pictures of the dataset"),
+        (["SETTINGS", "--preview", "FOLDER/two/../control/out.jpg"], "among the pictures of the dataset"),
         (["SETTINGS", "--text_encoder", "x"], "add --model_version"),
         (["SETTINGS", "--model_version", "big"], "unknown variant 'big'"),
     ],
-        (["SETTINGS", "--preview", "FOLDER/two/out.jpg"], "among the pictures of the dataset"),
-        (["SETTINGS", "--preview", "FOLDER/two/../control/out.jpg"], "among the pictures of the dataset"),
 )
 def test_the_command_refuses(settings, capsys, options, message):
     folder = str(settings.parent)
@@ -156,12 +156,12 @@ def test_names_that_the_output_cannot_show_are_escaped(tmp_path, monkeypatch, na
     assert "1 missing: " + name.encode("cp1252", "backslashreplace").decode() in sys.stdout.read()
 
 
-    image.paste(BLUE, (128, 0, 256, 128))
-    image.save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("x")
 def test_the_contact_sheet_shows_what_is_cropped_off_dark(tmp_path):
     """A picture whose trained centre is blue and whose ends are red."""
     image = Image.new("RGB", (384, 128), RED)
+    image.paste(BLUE, (128, 0, 256, 128))
+    image.save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("x")
     path = tmp_path / "d.json"
     path.write_text(json.dumps({"datasets": [{"image_directory": ".", "resolution": 128}]}))
     pixels = np.asarray(draw_contact_sheet(list_dataset(load_dataset_config(path)))).astype(int)
