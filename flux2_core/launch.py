@@ -6,6 +6,7 @@ Both also stop all processes as soon as one has ended with an error, so a share 
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,8 +76,6 @@ class Launch:
 def join_launch(environment: Mapping[str, str] = os.environ) -> Iterator[Launch]:
     """This process's place among those of its launch; joins them over gloo where there are several.
 
-    After an error they are not parted: that would wait for processes which may be waiting for this one.
-
     Raises:
         ValueError: the environment tells of several processes, but not which one this is or how to reach them.
     """
@@ -102,8 +101,17 @@ def join_launch(environment: Mapping[str, str] = os.environ) -> Iterator[Launch]
             f"WORLD_SIZE is {launch.count}, but {problem}; start several processes with `accelerate launch -m` or "
             "torchrun, or unset WORLD_SIZE"
         )
+    # Defaults of its functions would keep the group for ever if it were imported later, and with the group threads that
+    # make the process abort at its end.
+    importlib.import_module("torch.distributed.nn.functional")
     torch.distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
-    yield launch
+    try:
+        yield launch
+    except BaseException:
+        # Groups of GPUs would wait here for processes that may be waiting for this one.
+        if torch.distributed.get_pg_count() == 1:
+            torch.distributed.destroy_process_group()
+        raise
     torch.distributed.destroy_process_group()
 
 

@@ -50,6 +50,9 @@ with join_processes("cpu") as processes:
         should_stop=lambda: (folder / "picture" / "lora-state").exists() and processes.index == 0,
     )
     found["picture"] = [stopped.stopped, stopped.num_steps]
+    # What torch keeps of the group for ever; torch.optim imports it while training.
+    from torch.distributed.nn import functional
+    found["kept"] = functional.broadcast.__defaults__
     (folder / f"found{processes.index}.json").write_text(json.dumps(found))
 
     # One of them fails.
@@ -150,6 +153,11 @@ def test_they_stop_after_the_same_step_when_one_is_asked_to(ended):
 def test_they_stop_together_when_one_is_stopped_in_its_picture(ended):
     folder, _ = ended
     assert [json.loads((folder / f"found{rank}.json").read_text())["picture"] for rank in range(2)] == [[True, 3]] * 2
+
+
+def test_torch_keeps_no_threads_that_abort_a_process_at_its_end(ended):
+    folder, _ = ended
+    assert [json.loads((folder / f"found{rank}.json").read_text())["kept"] for rank in range(2)] == [[None]] * 2
 
 
 def test_when_one_fails_the_other_ends_with_what_was_learned(ended):
