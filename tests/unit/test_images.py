@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from flux2_kit.flux2_core import images as images_module
@@ -262,6 +263,8 @@ def test_a_file_that_another_program_would_have_to_read_is_refused(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "overwritten"])
 def test_a_damaged_picture_is_refused_or_read_but_never_a_foreign_error(tmp_path, suffix, damage):
     path = tmp_path / f"picture{suffix}"
+    if suffix not in Image.registered_extensions():
+        pytest.skip(f"Pillow {PIL.__version__} does not have {suffix}")
     noise_picture(64, 48).save(path)
     content = bytearray(path.read_bytes())
     for offset in range(8, len(content) - 40, len(content) // 12):

@@ -44,8 +44,6 @@ TYPES = {
 def needs(package: str | None) -> None:
     if package is not None and package not in INSTALLED:
         pytest.skip(f"{package} is not installed")
-    if package == "bitsandbytes" and (found := Version(metadata.version(package))) < Version("0.50"):
-        pytest.skip(f"the 8-bit optimisers of bitsandbytes {found} need a GPU")
 
 
 class Run:
@@ -79,6 +77,8 @@ class Run:
 @pytest.mark.parametrize("name", TYPES)
 def test_every_optimiser_learns_and_resumes_bit_for_bit(name, tmp_path):
     needs(TYPES[name])
+    if name == "AdamW8bit" and Version(version := metadata.version("bitsandbytes")) < Version("0.50"):
+        pytest.skip(f"8-bit optimisers of bitsandbytes {version} need a GPU")
     whole, first, second = (Run(name, learning_rate=None if name == "prodigy" else 0.01) for _ in range(3))
     loss_before = whole.loss(1000).item()
     whole.train(0, 30)
