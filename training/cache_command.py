@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -20,6 +21,12 @@ from .cache_manifest import prune_cache
 from .dataset import Dataset, list_dataset, load_dataset_config
 from .dataset_config import FOLDER_SIDE
 from .encode import CacheOptions, CacheReport, cache_latents, cache_text
+from .foreign_options import (
+    REFUSED_IN_CACHING,
+    WITHOUT_EFFECT_IN_CACHING,
+    describe_without_effect,
+    refuse_foreign_options,
+)
 from .processes import Processes, join_processes
 
 logger = logging.getLogger(__name__)
@@ -34,6 +41,11 @@ def run_cache(args: argparse.Namespace) -> int:
         ValueError: weights or pictures that are missing or cannot be read, or a cache that cannot be written.
     """
     # 1. Everything that can be refused is refused before anything is encoded.
+    refuse_foreign_options(vars(args), REFUSED_IN_CACHING)
+    if args.prune and args.keep_cache:
+        raise ValueError("--prune and --keep_cache contradict each other; give one of them")
+    for line in describe_without_effect(vars(args), WITHOUT_EFFECT_IN_CACHING):
+        logger.info(line)
     makes_latents, makes_text = args.what != "cache-text", args.what != "cache-latents"
     variant = find_variant(args)
     autoencoder = _find(args, variant, "autoencoder", args.vae) if makes_latents else None
@@ -68,25 +80,17 @@ def fill_caches(
 
     # 1. Pictures, then captions: one network in memory at a time.
     reports: list[CacheReport] = []
-    try:
+    with contextlib.closing(bar):
         if autoencoder is not None:
             reports.append(cache_latents(dataset, autoencoder, options, dtype=_dtype(args.vae_dtype)))
+            bar.close()
+            _tell(reports[-1], processes)
         if text_encoder is not None:
             assert variant is not None
-            reports.append(
-                cache_text(
-                    dataset,
-                    text_encoder,
-                    variant.text_encoder,
-                    options,
-                    tokenizer=args.tokenizer,
-                    dtype=_dtype(args.text_encoder_dtype),
-                )
-            )
-    finally:
-        bar.close()
-    for report in reports:
-        _tell(report, processes)
+            config, dtype = variant.text_encoder, _dtype(args.text_encoder_dtype)
+            reports.append(cache_text(dataset, text_encoder, config, options, tokenizer=args.tokenizer, dtype=dtype))
+            bar.close()
+            _tell(reports[-1], processes)
 
     # 2. What no dataset names any more.
     if args.prune and processes.is_main:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..flux2_core import cli as core_cli
+from .foreign_options import REFUSED_IN_CACHING, WITHOUT_EFFECT_IN_CACHING
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,6 +84,8 @@ def _add_cache(commands: argparse._SubParsersAction[Any], common: core_cli.Parse
         )
         parser.add_argument("--prune", action="store_true", help="delete cached files that no dataset names any more")
         parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0; default: cuda where there is one")
+        for foreign in (*WITHOUT_EFFECT_IN_CACHING, *REFUSED_IN_CACHING):
+            parser.add_argument(f"--{foreign}", nargs="?", const=True, help=argparse.SUPPRESS)
         parser.set_defaults(run=_run_cache, what=name)
 
 

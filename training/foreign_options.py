@@ -25,9 +25,6 @@ REFUSED = {
     **dict.fromkeys(("flash_attn", "flash3", "xformers"), _CHOSEN),
     "sage_attn": "it has no backward pass; leave it out",
     "split_attn": "leave it out, samples of different shapes run one shape after the other",
-    "scale_weight_norms": "lower the learning rate, or set weight decay with --optimizer_args",
-    "base_weights": "merge it first with `flux2 merge-lora`, and train on the result",
-    "base_weights_multiplier": "merge it first with `flux2 merge-lora`, and train on the result",
     **dict.fromkeys(("compile_backend", "compile_mode", "compile_dynamic"), _COMPILED),
     **dict.fromkeys(("compile_fullgraph", "compile_cache_size_limit"), _COMPILED),
     **dict.fromkeys(("dynamo_backend", "dynamo_mode", "dynamo_fullgraph", "dynamo_dynamic"), _DYNAMO),
@@ -69,20 +66,32 @@ REFUSED_NETWORK_ARGS = {
     "verbose": "give --debug",
 }
 """Likewise of ``--network_args``."""
+_DRAWN = "`flux2 dataset FILE --preview sheet.png` draws what is encoded"
+_SMALLER = "leave it out, a picture that does not fit into memory is encoded in tiles"
+WITHOUT_EFFECT_IN_CACHING = {"keep_cache": "cached files stay unless --prune is given"}
+REFUSED_IN_CACHING = {
+    **dict.fromkeys(("debug_mode", "console_width", "console_back", "console_num_images"), _DRAWN),
+    **dict.fromkeys(("vae_tiling", "vae_chunk_size", "vae_spatial_tile_sample_min_size"), _SMALLER),
+    "disable_cudnn_backend": "leave it out, or take --device cpu where cuDNN fails",
+    "fp8_text_encoder": "leave it out, layers that do not fit are streamed, which changes no embedding",
+}
+"""Likewise of ``flux2 cache``."""
 
 
-def refuse_foreign_options(values: Mapping[str, Any]) -> None:
+def refuse_foreign_options(values: Mapping[str, Any], refused: Mapping[str, str] = REFUSED) -> None:
     """Refuses what is not here, all of it at once; an option that is switched off asks for nothing.
 
     Raises:
         ValueError: naming each with what to do instead.
     """
-    given = [name for name, value in values.items() if name in REFUSED and value is not None and value is not False]
+    given = [name for name, value in values.items() if name in refused and value is not None and value is not False]
     if given:
-        raise ValueError("; ".join(f"--{name} is not supported: {REFUSED[name]}" for name in given))
+        raise ValueError("; ".join(f"--{name} is not supported: {refused[name]}" for name in given))
 
 
-def describe_without_effect(values: Mapping[str, Any]) -> Sequence[str]:
+def describe_without_effect(
+    values: Mapping[str, Any], without_effect: Mapping[str, str] = WITHOUT_EFFECT
+) -> Sequence[str]:
     """A line for each option that asks for what happens anyway."""
-    given = [name for name in WITHOUT_EFFECT if values.get(name)]
-    return [f"--{name} has no effect: {WITHOUT_EFFECT[name]}" for name in given]
+    given = [name for name in without_effect if values.get(name)]
+    return [f"--{name} has no effect: {without_effect[name]}" for name in given]

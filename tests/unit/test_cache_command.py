@@ -95,6 +95,23 @@ def test_what_is_refused(run, tmp_path):
         assert message in said and "internal error" not in said, said
 
 
+def test_options_of_musubi_tuner(config, capsys):
+    common = ["--dataset_config", str(config), "--device", "cpu", "--batch_size", "2", "--num_workers", "1"]
+    common += ["--skip_existing", "--keep_cache", "--model_version", "tiny"]
+    vae, text_encoder = (str(find_weights(TINY, name)) for name in ("autoencoder", "text_encoder"))
+    assert main(["cache-latents", *common, "--vae", vae, "--vae_dtype", "float32"]) == 0
+    assert main(["cache-text", *common, "--text_encoder", text_encoder]) == 0
+    assert capsys.readouterr().err.count("--keep_cache has no effect: cached files stay unless --prune is given") == 2
+
+
+def test_options_of_musubi_tuner_that_are_refused(run):
+    said = run("cache-latents", "--debug_mode", "image", "--disable_cudnn_backend", code=1)
+    assert "--debug_mode is not supported: `flux2 dataset FILE --preview sheet.png` draws" in said
+    assert "--disable_cudnn_backend is not supported" in said
+    assert "--fp8_text_encoder is not supported: leave it out" in run("cache-text", "--fp8_text_encoder", code=1)
+    assert "--prune and --keep_cache contradict each other" in run("cache", "--prune", "--keep_cache", code=1)
+
+
 def test_the_bar_follows_each_kind_of_work(capsys):
     bar = ProgressBar(is_shown=False)
     bar.show("pictures encoded", 1, 2)
