@@ -17,6 +17,8 @@ MUCH_CROPPED = 0.1
 """Pictures that lose more than this share of their area are named."""
 MUCH_UPSCALED = 1.1
 """Pictures that grow by more than this factor are named; buckets have steps, so a few percent are common."""
+MAX_BUCKETS_SHOWN = 40
+"""Without upscaling, every picture may have a bucket of its own."""
 CONTROL_FIT_TEXTS = {
     "inference": "scaled as when generating",
     "target": "scaled to the picture's bucket",
@@ -145,7 +147,10 @@ def _rows(subset: SubsetReport, not_counted: str) -> list[tuple[str, str]]:
     pictures = str(subset.num_pictures)
     if subset.num_validation:
         pictures += f", {subset.num_validation} of them for validation"
-    buckets = ", ".join(f"{width}x{height}: {count}" for (width, height), count in subset.buckets)
+    shown = subset.buckets[:MAX_BUCKETS_SHOWN]
+    buckets = ", ".join(f"{width}x{height}: {count}" for (width, height), count in shown)
+    if len(shown) < len(subset.buckets):
+        buckets += f", and {len(subset.buckets) - len(shown)} more buckets"
     captions = f"{subset.num_captions} distinct, {len(subset.missing)} missing"
     if subset.missing:
         captions += f": {shorten_names(subset.missing)}"

@@ -89,6 +89,17 @@ def test_the_table_says_it_all_in_words(settings):
     assert "not counted: for a reason" in lines["tokens cut"]
 
 
+def test_of_very_many_buckets_the_fullest_are_named(tmp_path):
+    for index in range(50):
+        save(tmp_path / f"{index}.png", (128 + 16 * index, 128), caption="x")
+    save(tmp_path / "same.png", (128 + 16 * 49, 128), caption="x")
+    path = tmp_path / "dataset.json"
+    entry = {"image_directory": ".", "resolution": 512, "enable_bucket": True, "bucket_no_upscale": True}
+    path.write_text(json.dumps({"datasets": [entry]}))
+    text = format_report(report_dataset(listed(path)), path)
+    assert "912x128: 2, 128x128: 1" in text and text.count("x128: 1") == 39 and ", and 10 more buckets" in text
+
+
 def test_the_command_counts_tokens_with_the_bundled_tokenizer(settings, capsys):
     assert main(["dataset", str(settings), "--model_version", "tiny"]) == 0
     output = capsys.readouterr().out
