@@ -390,7 +390,7 @@ def _tell_missing_captions(subset: SubsetConfig, items: Sequence[DatasetItem]) -
         if table is not None:
             raise ValueError(
                 f"{subset.place}: no picture has a caption, but there is {table}; give that file as the dataset (in "
-                f'settings: metadata_file = "{table}"), or move it away to train without captions'
+                "settings: as metadata_file instead of image_directory), or move it away to train without captions"
             )
     logger.warning(
         "%s: pictures without caption (%d of %d) are trained with %s: %s",
@@ -410,10 +410,8 @@ def _find_table(files: Sequence[Path]) -> str | None:
 def _tell_left_out(folder: Path, files: Sequence[Path]) -> None:
     names = [file.name for file in files if file.suffix.lower() in OTHER_PICTURE_SUFFIXES]
     if names:
-        logger.warning(
-            "%s: pictures of kinds that are not read are left out (%d): %s; save them as PNG", folder, len(names),
-            shorten_names(names),
-        )  # fmt: skip
+        text = "%s: pictures of kinds that are not read are left out (%d): %s; save them as PNG"
+        logger.warning(text, folder, len(names), shorten_names(names))
 
 
 def _say_no_pictures(folder: Path, files: Sequence[Path]) -> str:
