@@ -305,7 +305,7 @@ class LoraRun:
             self._validate(step)
         self._save([save for save in saves if save not in self.outputs.saved], is_last=is_last)
         if is_due:
-            self.result.curves_path = self.log.draw()
+            self.result.curves_path = self.log.draw(is_last=is_last)
         if samples and step != self.last_sampled_step:
             self._sample(step)
         if is_last and (output.save_state or output.save_state_on_train_end):
@@ -329,7 +329,7 @@ class LoraRun:
             self._save_state()
             if self.steps_done < self.num_steps:
                 self._save_lora("stopped", self.steps_done)
-            self.result.curves_path = self.log.draw()
+            self.result.curves_path = self.log.draw(is_last=True)
 
     def _rescue(self) -> None:
         """After an error: writes what the steps so far have made, as far as that is possible."""

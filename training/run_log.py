@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from .step_reports import StepNumbers, StepReports
 
 logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_CURVES = 10
+"""At least, on the way: drawing takes a fifth of a second in which nothing is trained."""
 
 
 class RunLog:
@@ -39,6 +43,7 @@ class RunLog:
         """By which W&B knows a run that goes on."""
         self.metrics: MetricsWriter | None = None
         self._has_failed = False
+        self._drawn_at: float | None = None
 
     def open(self, files: RunFiles, first_step: int, settings: Mapping[str, Any], history: Path | None) -> None:
         """Begins to write the metrics; nothing is written by a process that does not call this.
@@ -99,15 +104,18 @@ class RunLog:
         self.validation_losses[step] = loss
         self._write(step, validation_loss=loss)
 
-    def draw(self) -> Path | None:
-        """Draws the curves of all steps so far; a failure does not end training."""
+    def draw(self, *, is_last: bool) -> Path | None:
+        """Draws the curves of all steps so far, on the way only now and then; a failure does not end training."""
         if self.metrics is None:
             return None
+        if not is_last and self._drawn_at is not None and time.monotonic() - self._drawn_at < SECONDS_BETWEEN_CURVES:
+            return self.curves_path
         try:
             draw_curves(self.metrics.path, self.curves_path)
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             logger.warning("the curves could not be drawn: %s", error)
             return None
+        self._drawn_at = time.monotonic()
         return self.curves_path
 
     def close(self) -> None:

@@ -455,3 +455,11 @@ def test_what_is_told_late_is_told_nonetheless(dataset, tmp_path, monkeypatch, l
 def with_lag(reports, lag):
     reports.lag = lag
     return reports
+
+
+def test_curves_are_drawn_only_now_and_then(dataset, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(run_log, "draw_curves", lambda metrics, out: drawn.append(metrics.read_text().count('"loss"')))
+    config = make_config(tmp_path, max_train_steps=5, preflight=False, monitor={"validate_every_n_steps": 1})
+    assert train(config, dataset).curves_path is not None
+    assert drawn == [1, 5]
