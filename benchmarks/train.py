@@ -4,7 +4,8 @@ Random weights; a step is noise, forward, loss, backward, clipping and AdamW, on
 diffusers' transformer with PEFT on the same layers, in the same plain precision and of the same sizes, as its training
 script runs it: it has no fp8 that trains, no streaming, and compiles where we do. Each side has a process of its own,
 so that neither sees the other's memory, and both take their steps in turns, so that a busy machine slows both alike;
-`--apart` runs one after the other where a device does not hold both. The last line is one JSON object.
+`--apart` runs one after the other where a device does not hold both. Beside the peak of all memory stands what a step
+takes beyond what is there between steps: activations, gradients, copies. The last line is one JSON object.
 
 On a GPU: `--device cuda --variant klein-9b --peer diffusers`, with `--precision fp8`, `--compile`, `--vram_budget 12`.
 """
@@ -51,12 +52,13 @@ def main() -> None:
     sides: dict[str, Any] = {}
     for group in [[name] for name in names] if options.apart else [names]:
         sides |= run_sides(group, options.rounds)
-    print(f"{'':10}{'ms a step':>12}{'spread':>18}{'pictures/s':>12}{'peak GiB':>10}{'warm-up s':>11}")
+    print(f"{'':10}{'ms a step':>12}{'spread':>18}{'pictures/s':>12}{'peak GiB':>10}{'step MiB':>10}{'warm-up s':>11}")
     for side, found in sides.items():
         spread = f"{found['fastest_ms']:.1f} to {found['slowest_ms']:.1f}"
         peak = "-" if found["peak_gib"] is None else f"{found['peak_gib']:.2f}"
         rate = 1000 * options.batch_size / found["median_ms"]
-        print(f"{side:10}{found['median_ms']:>12.1f}{spread:>18}{rate:>12.2f}{peak:>10}{found['warmup_s']:>11.1f}")
+        row = f"{side:10}{found['median_ms']:>12.1f}{spread:>18}{rate:>12.2f}{peak:>10}{found['step_mib']:>10.1f}"
+        print(f"{row}{found['warmup_s']:>11.1f}")
     result = {"benchmark": "train", **vars(options), "sides": sides, "ours_ms": sides["ours"]["median_ms"]}
     if options.peer:
         result |= {"peer_ms": sides[options.peer]["median_ms"]}
@@ -110,11 +112,13 @@ def answer(process: subprocess.Popen[str]) -> Any:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """One side: answers every "turn" with times of steps in milliseconds, and "end" with the peak of memory."""
+    """One side: answers every "turn" with times of steps in milliseconds, and "end" with the peaks of memory."""
     import torch
 
     torch.set_num_threads(options.threads)
     is_gpu = torch.device(options.device).type == "cuda"
+    if is_gpu:
+        torch.cuda.set_device(options.device)  # whose memory is counted
     options.dtype = options.dtype or ("bf16" if is_gpu else "fp32")
     options.checkpointing = options.checkpointing or ("blocks" if is_gpu else "none")
 
@@ -128,8 +132,10 @@ def serve(options: argparse.Namespace) -> None:
         step()
     wait()
     print(json.dumps({"warmup_s": time.perf_counter() - begin}), flush=True)
+    before = 0
     if is_gpu:
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     for line in sys.stdin:
         if line.strip() == "end":
             break
@@ -141,8 +147,27 @@ def serve(options: argparse.Namespace) -> None:
             wait()
             samples.append(1000 * (time.perf_counter() - begin))
         print(json.dumps(samples), flush=True)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else peak_of_process()
-    print(json.dumps({"peak_gib": peak}), flush=True)
+    if is_gpu:
+        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        peaks = {"peak_gib": peak / 2**30, "reserved_gib": reserved / 2**30, "step_mib": (peak - before) / 2**20}
+    else:
+        peaks = {"peak_gib": peak_of_process(), "step_mib": peak_of_step(step) / 2**20}
+    print(json.dumps(peaks), flush=True)
+
+
+def peak_of_step(step: Callable[[], None]) -> int:
+    """Bytes that a step on the CPU has at most beyond what is there before it, by torch's own count."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events: Any = profiled.profiler
+    peak = live = 0
+    for event in sorted(events.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
 
 
 def peak_of_process() -> float | None:
@@ -193,8 +218,10 @@ def make_our_dit(options: argparse.Namespace, dtype: Any) -> Any:
         raise SystemExit("--precision and --vram_budget take bf16 activations: give --dtype bf16")
     from memory import make_dit, plan_of
 
-    case = {"variant": options.variant, "device": options.device, "size": options.size, "kind": "train"}
+    size = options.size or get_variant(options.variant).default_size
+    case = {"variant": options.variant, "device": options.device, "size": size, "kind": "train"}
     case |= {"precision": options.precision or "auto", "budget": options.vram_budget}
+    case |= {"batch_size": options.batch_size, "rank": options.rank}
     found = plan_of(case)
     if isinstance(found, str):
         raise SystemExit(found)
