@@ -105,7 +105,8 @@ class Stages:
         if request.rank is None:
             return request.lora_bytes + forward_bytes(variant.dit, request.tokens, how)
         assert self.checkpointing is not None
-        return training_bytes(variant.dit, request.tokens, how, rank=request.rank, checkpointing=self.checkpointing)
+        step = training_bytes(variant.dit, request.tokens, how, rank=request.rank, checkpointing=self.checkpointing)
+        return request.lora_bytes + step
 
     def _autoencoding(self, tiling: Tiling) -> tuple[int, int]:
         """Peaks of the autoencoder's work, weights aside: on the device, and of host memory."""

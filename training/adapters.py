@@ -57,6 +57,8 @@ class AdapterConfig:
     are adapted. Without, those of all blocks."""
     exclude: tuple[str, ...] = ()
     """Regular expressions; layers whose BFL name one of them is found in are not adapted."""
+    max_norm: float | None = None
+    """LoRA alone: after every step the change of a layer whose Frobenius norm is above this is scaled down to it."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(AdapterKind):
@@ -64,11 +66,15 @@ class AdapterConfig:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"rank must be a whole number from 1 up, got {self.rank!r}")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha must be greater than 0, got {self.alpha}")
+            raise ValueError(f"alpha must be greater than 0, got {self.alpha}; leave it out for the rank")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout}")
         if self.lokr_factor != -1 and self.lokr_factor < 1:
             raise ValueError(f"lokr_factor must be -1 (the most even split) or from 1 up, got {self.lokr_factor}")
+        if self.max_norm is not None and not (math.isfinite(self.max_norm) and self.max_norm > 0):
+            raise ValueError(f"the longest norm of a layer's change must be above 0, such as 1, got {self.max_norm}")
+        if self.max_norm is not None and (self.kind != "lora" or self.dora):
+            raise ValueError("norms are limited for plain LoRA alone; leave scale_weight_norms out, or DoRA and LoKr")
 
     @property
     def scale(self) -> float:
@@ -322,6 +328,26 @@ class TrainableAdapters(nn.Module):
             for layer in layers:
                 layer.held = {}
 
+    @torch.no_grad()
+    def limit_norms(self, is_taken: Tensor) -> None:
+        """Scales both factors of each LoRA alike, so that its change has no longer norm than the config's.
+
+        The norm is told from matrices of rank x rank: ``|B A|^2`` is the sum of ``(B^T B) * (A A^T)``.
+
+        Args:
+            is_taken: bool ``[]`` on the device; where it is False nothing changes.
+        """
+        if self.config.max_norm is None:
+            return
+        for layer in self.layers.values():
+            assert isinstance(layer, TrainedLora)
+            square = ((layer.lora_B.T @ layer.lora_B) * (layer.lora_A @ layer.lora_A.T)).sum()
+            norm = layer.scale * square.clamp_min(0).sqrt()
+            factor = (self.config.max_norm / norm.clamp_min(self.config.max_norm)).sqrt()
+            factor = torch.where(is_taken, factor, 1)
+            layer.lora_A.mul_(factor)
+            layer.lora_B.mul_(factor)
+
     def parameter_groups(self, learning_rate: float, loraplus_ratio: float | None = None) -> list[dict[str, Any]]:
         """For an optimiser: ``params``, ``lr`` and a ``name`` each.
 
@@ -437,9 +463,10 @@ def target_layers(names: Iterable[str], config: AdapterConfig) -> list[str]:
     except ValueError as error:
         raise ValueError(f"{error}; layers are named like {examples}") from None
     if not chosen:
+        advice = "; leave out exclude, which takes away from include" if config.include and config.exclude else ""
         raise ValueError(
-            f"include {list(config.include)} and exclude {list(config.exclude)} leave no layer to adapt; layers are "
-            f"named like {examples}"
+            f"include {list(config.include)} and exclude {list(config.exclude)} leave no layer to adapt{advice}; "
+            f"layers are named like {examples}"
         )
     return chosen
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 import torch
 
 from ..flux2_core.device_memory import available_host_bytes, device_budget
+from ..flux2_core.lora import LoraSetting, apply_loras
+from ..flux2_core.lora_files import read_lora
 from ..flux2_core.memory import MemoryNeeds, MemoryPlan, MemoryRequest, plan_memory
 from ..flux2_core.placement import (
     NAMES,
@@ -15,6 +17,7 @@ from ..flux2_core.placement import (
     autoencoder_precision,
     dit_facts,
     log_plan,
+    lora_bytes,
     place_dit,
     place_text_encoder,
     precision_of,
@@ -56,7 +59,14 @@ class BaseModel:
         precision: BasePrecision | None = None,
     ) -> None:
         self.files, self.device = files, device
-        self.request = _request(config, adapter, dataset, files, device, precision)
+        strengths = config.base_weights_multiplier or (1.0,) * len(config.base_weights)
+        self.loras = [
+            LoraSetting(lora=read_lora(path, files.variant.dit), strength=strength)
+            for path, strength in zip(config.base_weights, strengths, strict=True)
+        ]
+        """That the new LoRA is trained on top of."""
+        request = _request(config, adapter, dataset, files, device, precision)
+        self.request = replace(request, lora_bytes=lora_bytes(self.loras))
         self.plan: MemoryPlan = plan_memory(
             self.request, device_budget(device, config.vram_budget_gib), available_host_bytes()
         )
@@ -81,11 +91,12 @@ class BaseModel:
         return encoder
 
     def load_dit(self) -> PlacedDiT:
-        """Frozen, with the checkpointing of the plan."""
+        """Frozen, with the checkpointing of the plan and the LoRAs that it is trained with."""
         placed = place_dit(self.files.dit, self.files.variant, self.plan.dit, self.device, facts=self.request.dit_file)
         placed.dit.requires_grad_(False)
         assert self.plan.checkpointing is not None
         placed.dit.checkpointing = self.plan.checkpointing
+        apply_loras(placed.dit, self.loras)
         return placed
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -127,6 +128,10 @@ class TrainConfig:
     """A LoRA to start from."""
     dim_from_weights: bool = False
     """Take kind, rank, alpha and layers from network_weights."""
+    base_weights: tuple[Path, ...] = ()
+    """LoRAs that act on the base while the new one is trained on top of them, which does not hold them."""
+    base_weights_multiplier: tuple[float, ...] = ()
+    """The strength of each; () is 1."""
     max_bad_steps: int = 10
     """Steps in a row without a finite loss after which training gives up; each is skipped."""
     preflight: bool = True
@@ -154,6 +159,21 @@ class TrainConfig:
         check_schedule(self.optimizer, self.schedule)
         if self.dim_from_weights and self.network_weights is None:
             raise ValueError("dim_from_weights takes the rank from network_weights; give that too")
+        if self.dim_from_weights and replace(self.adapter, dropout=0.0, max_norm=None) != AdapterConfig():
+            raise ValueError(
+                "dim_from_weights takes kind, rank, alpha and layers from network_weights; leave out network_dim, "
+                "network_alpha, network_module and the network_args that say them too"
+            )
+        if self.adapter.max_norm is not None and self.optimizer.is_schedule_free:
+            raise ValueError("scale_weight_norms would break the averages of a schedule-free optimiser; use another")
+        strengths = self.base_weights_multiplier
+        if strengths and len(strengths) != len(self.base_weights):
+            raise ValueError(
+                f"base_weights_multiplier has {len(strengths)} numbers for {len(self.base_weights)} base_weights; "
+                "give one for each, or none"
+            )
+        if not all(map(math.isfinite, strengths)):
+            raise ValueError(f"base_weights_multiplier is {strengths}; they must be finite numbers, such as 0.8")
 
 
 def _at_least_one(name: str, value: int | None) -> None:

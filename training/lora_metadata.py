@@ -46,6 +46,7 @@ def lora_metadata(
         "ss_network_dim": adapter.rank,
         "ss_network_alpha": adapter.rank if adapter.alpha is None else adapter.alpha,
         "ss_network_dropout": adapter.dropout,
+        "ss_scale_weight_norms": adapter.max_norm,
         "ss_steps": num_steps,
         "ss_max_train_steps": config.max_train_steps,
         "ss_num_epochs": config.max_train_epochs,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..flux2_core.command_errors import is_out_of_memory
 from ..flux2_core.compilation import compile_blocks
-from ..flux2_core.lora import LoraSetting, apply_loras, remove_loras
+from ..flux2_core.lora import LoraSetting, apply_loras
 from ..flux2_core.lora_factors import Lora
 from ..flux2_core.lora_files import linear_shapes, read_lora
 from ..flux2_core.lora_writer import reading_notes
@@ -133,7 +133,10 @@ class LoraRun:
             check_resume(state, self.description, self.num_steps, resume, is_trained=is_trained)
             self.history = metrics_beside(resume)
         start = read_lora(config.network_weights, self.variant.dit) if config.network_weights is not None else None
-        adapter_config = config_from_lora(start) if start is not None and config.dim_from_weights else config.adapter
+        adapter_config = config.adapter
+        if start is not None and config.dim_from_weights:
+            kept = {"dropout": adapter_config.dropout, "max_norm": adapter_config.max_norm}
+            adapter_config = replace(config_from_lora(start), **kept)
         steps_left = self.num_steps - (state["step"] if state is not None else 0)
         self.outputs.make_folders(is_new=state is None)
         self.outputs.check_space(
@@ -171,7 +174,9 @@ class LoraRun:
         set_training(self.optimizer, True)
         self.ema = Ema(self.parameters, config.ema_decay) if config.ema_decay is not None else None
         max_norm, fp16 = config.optimizer.max_grad_norm, self.dit.dtype == torch.float16
-        self.take_step = GuardedStep(self.optimizer, self.parameters, max_norm, self.ema, fp16=fp16)
+        self.take_step = GuardedStep(
+            self.optimizer, self.parameters, max_norm, self.ema, fp16=fp16, limit=self.adapters.limit_norms
+        )
         self.make_batch = BatchMaker(config, self.variant, pinned=self.device.type == "cuda")
         self.log = RunLog(config, StepReports(self.device), self.num_steps, self.steps_per_epoch)
         self.result = TrainResult()
@@ -370,7 +375,7 @@ class LoraRun:
         lora = self._lora()
         self.adapters.detach()
         try:
-            apply_loras(self.dit, [LoraSetting(lora=lora)])
+            apply_loras(self.dit, [*self.base.loras, LoraSetting(lora=lora)])
             for index in range(self.processes.index, len(self.samples.prepared), self.processes.count):
                 try:
                     path, image = self.samples.make(index, step, self.dit, self.outputs, self.should_stop)
@@ -384,7 +389,7 @@ class LoraRun:
         except Stopped:
             self.is_stopping = True
         finally:
-            remove_loras(self.dit)
+            apply_loras(self.dit, self.base.loras)
             self.adapters.attach()
             self.samples.rest()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,20 @@ class GuardedStep:
     """
 
     def __init__(
-        self, optimizer: Optimizer, parameters: Sequence[nn.Parameter], max_norm: float, ema: Ema | None, *, fp16: bool
+        self,
+        optimizer: Optimizer,
+        parameters: Sequence[nn.Parameter],
+        max_norm: float,
+        ema: Ema | None,
+        *,
+        fp16: bool,
+        limit: Callable[[Tensor], None] | None = None,
     ) -> None:
-        """Takes the longest norm that gradients may have, 0 for any."""
-        self.optimizer, self.parameters, self.ema = optimizer, parameters, ema
+        """Takes the longest norm that gradients may have, 0 for any, and what limits parameters after a step.
+
+        The limit is told whether the step was taken, bool ``[]`` on the device.
+        """
+        self.optimizer, self.parameters, self.ema, self.limit = optimizer, parameters, ema, limit
         self.max_norm = max_norm or math.inf
         self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=fp16)
         self.waits = not getattr(optimizer, "_step_supports_amp_scaling", False)
@@ -58,6 +68,8 @@ class GuardedStep:
                 self.optimizer.step()
             finally:
                 del self.optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
+        if self.limit is not None:
+            self.limit(is_finite)
         if self.ema is not None:
             self.ema.update(self.parameters, is_finite)
         self.is_whole = True

@@ -226,6 +226,11 @@ class OptimizerConfig:
             return self.learning_rate
         return 1.0 if _plain(self.optimizer_type).startswith("prodigy") else DEFAULT_LEARNING_RATE
 
+    @property
+    def is_schedule_free(self) -> bool:
+        """Whether it averages its own steps instead of following a falling learning rate."""
+        return "schedulefree" in _plain(self.optimizer_type)
+
 
 def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
     """The values of ``name=value``, each a Python literal (True, 0.1, (0.9, 0.99), None, 'text').
@@ -316,7 +321,7 @@ def check_schedule(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> None
     Raises:
         ValueError: the learning rate of a schedule-free optimiser would fall.
     """
-    if "schedulefree" in _plain(optimizer.optimizer_type) and schedule.lr_scheduler not in SCHEDULE_FREE_SCHEDULERS:
+    if optimizer.is_schedule_free and schedule.lr_scheduler not in SCHEDULE_FREE_SCHEDULERS:
         raise ValueError(
             f"{optimizer.optimizer_type} needs no falling learning rate; with lr_scheduler {schedule.lr_scheduler} it "
             f"would learn less; use {' or '.join(SCHEDULE_FREE_SCHEDULERS)}"

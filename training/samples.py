@@ -169,7 +169,7 @@ def make_sample(
     return decode_latents(autoencoder, latents, tiled=tiling != "whole", store=store)[0]
 
 
-def sample_record(sample: PreparedSample, files: TrainFiles, lora_name: str) -> GenerationRecord:
+def sample_record(sample: PreparedSample, files: TrainFiles, loras: Sequence[tuple[str, float]]) -> GenerationRecord:
     """What the PNG file of a sample says about how it was made."""
     assert files.autoencoder is not None and files.text_encoder is not None, "sample pictures were made with them"
     return make_record(
@@ -181,7 +181,7 @@ def sample_record(sample: PreparedSample, files: TrainFiles, lora_name: str) -> 
         dit=files.dit,
         autoencoder=files.autoencoder,
         text_encoder=files.text_encoder,
-        loras=[(lora_name, 1.0)],
+        loras=loras,
     )
 
 
@@ -221,7 +221,8 @@ class SamplePictures:
         image = make_sample(sample, dit, variant, self.autoencoder, should_stop, tiling=self.base.plan.tiling)
         outputs.sample_folder.mkdir(exist_ok=True)
         path = outputs.sample_folder / sample_name(outputs.name, step, index, sample.sampling.seed)
-        return write_png(path, image, sample_record(sample, self.files, outputs.name)), image
+        loras = [*((setting.lora.name, setting.strength) for setting in self.base.loras), (outputs.name, 1.0)]
+        return write_png(path, image, sample_record(sample, self.files, loras)), image
 
     def rest(self) -> None:
         """Lets the autoencoder leave the device until the next picture, where there is no space beside the training."""

@@ -63,6 +63,9 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("network_dropout", "adapter.dropout", "share of the LoRA's input set to zero in training"),
         Option("network_weights", "network_weights", "a LoRA to start from"),
         Option("dim_from_weights", "dim_from_weights", "take rank, alpha and layers from network_weights"),
+        Option("base_weights", "base_weights", "LoRAs to train on top of; the new one does not hold them"),
+        Option("base_weights_multiplier", "base_weights_multiplier", "strength of each; default: 1"),
+        Option("scale_weight_norms", "adapter.max_norm", "scale longer changes of layers down to this norm, such as 1"),
     ),
     "noise levels": (
         Option("timestep_sampling", "timesteps.timestep_sampling", "density of the noise levels"),
@@ -325,9 +328,8 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
             return value
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(str, get_args(kind)))}")
     elif origin is tuple:
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, (list, tuple)):
-            return tuple(_convert(name, item, get_args(kind)[0]) for item in items)
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_convert(name, item, get_args(kind)[0]) for item in items)
     elif kind is bool:
         if isinstance(value, bool):
             return value

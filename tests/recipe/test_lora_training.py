@@ -333,6 +333,69 @@ def test_what_other_programs_misread_is_told_before_training(dataset, tmp_path, 
     assert ("leave out the magnitudes of DoRA" in caplog.text) == dora
 
 
+def test_a_run_on_top_of_a_lora_learns_what_that_leaves_and_does_not_hold_it(dataset, tmp_path, capsys):
+    from flux2_kit.training.cli import main
+    from PIL import Image
+
+    before = train(make_config(tmp_path / "first", output={"save_precision": "fp32"}), dataset)
+    first = before.lora_path
+    after = train(make_config(tmp_path / "whole", base_weights=(first,), max_train_steps=1), dataset)
+    assert after.validation_losses[0] == pytest.approx(before.validation_losses[12], rel=1e-5)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a small red circle at the top on a blue background --d 5 --s 4")
+    config = make_config(
+        tmp_path / "second",
+        mixed_precision=None,
+        base_weights=(first,),
+        base_weights_multiplier=(0.7,),
+        max_train_steps=2,
+        monitor={"sample_prompts": prompts},
+    )
+    result = train(config, dataset)
+    options = ["generate", "--from_file", str(prompts), "--lora_weight", str(first), str(result.lora_path)]
+    assert main([*options, "--lora_multiplier", "0.7", "1", "--save_path", str(tmp_path / "generated")]) == 0
+    (made,) = (Path(line) for line in capsys.readouterr().out.split())
+    (sample,) = result.samples
+    assert Image.open(sample).tobytes() == Image.open(made).tobytes()
+
+
+def test_dropout_stays_where_the_rest_is_taken_from_weights(dataset, tmp_path):
+    first = train(make_config(tmp_path / "first", max_train_steps=1), dataset).lora_path
+    results = [
+        train(
+            make_config(
+                tmp_path / str(dropout),
+                network_weights=first,
+                dim_from_weights=True,
+                adapter=AdapterConfig(dropout=dropout),
+                max_train_steps=2,
+            ),
+            dataset,
+        )
+        for dropout in (0.0, 0.5)
+    ]
+    assert results[0].validation_losses[2] != results[1].validation_losses[2]
+    with pytest.raises(ValueError, match="leave out network_dim"):
+        make_config(tmp_path, network_weights=first, dim_from_weights=True, adapter=AdapterConfig(rank=4))
+
+
+def test_norms_stay_below_their_limit(dataset, tmp_path):
+    config = make_config(
+        tmp_path,
+        adapter=AdapterConfig(rank=4, max_norm=1e-3),
+        optimizer=OptimizerConfig(learning_rate=0.1),
+        output={"save_precision": "fp32"},
+        max_train_steps=3,
+    )
+    tensors = load_file(train(config, dataset).lora_path)
+    norms = [
+        (tensors[name.replace("lora_A", "lora_B")] @ value).norm().item()
+        for name, value in tensors.items()
+        if "lora_A" in name
+    ]
+    assert max(norms) == pytest.approx(1e-3, rel=1e-4)
+
+
 def test_a_distilled_variant_warns(dataset, tmp_path, caplog):
     files = find_train_files(TINY, makes_samples=False)
     distilled = replace(files, variant=replace(TINY, distilled=True))
@@ -401,6 +464,21 @@ def test_a_step_is_the_mean_over_all_its_samples(dataset, tmp_path):
     for gradient, parameter in zip(found, run.parameters, strict=True):
         assert parameter.grad.count_nonzero()
         assert (gradient - parameter.grad).norm() <= 1e-4 * parameter.grad.norm()
+
+
+def test_what_is_saved_is_the_moving_average_where_one_is_asked_for(dataset, tmp_path):
+    output = {"save_every_n_steps": 1, "save_precision": "fp32"}
+    train(make_config(tmp_path / "plain", max_train_steps=3, output=output), dataset)
+    averaged = train(make_config(tmp_path / "average", max_train_steps=3, output=output, ema_decay=0.2), dataset)
+    files = [load_file(tmp_path / "plain" / f"lora{end}.safetensors") for end in ("-step00000001", "-step00000002", "")]
+    for name, found in load_file(averaged.lora_path).items():
+        if name.endswith("lora_B.weight"):  # which begins as zero
+            expected = torch.zeros_like(found)
+            for number, file in enumerate(files, start=1):
+                decay = min(0.2, (1 + number) / (10 + number))
+                expected = decay * expected + (1 - decay) * file[name]
+            assert found.count_nonzero()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
 
 
 def test_the_learning_rate_follows_its_schedule(dataset, tmp_path):

@@ -148,6 +148,19 @@ def test_every_option_reaches_its_setting():
     )
     assert (config.adapter.lokr_factor, config.adapter.dora, config.loraplus_lr_ratio) == (4, False, 16.0)
     assert config.timesteps.min_sigma == pytest.approx(0.1)
+    config = train_config(
+        {"base_weights": ["a", "b"], "base_weights_multiplier": [1, "0.5"], "scale_weight_norms": "1"}
+    )
+    assert (config.base_weights, config.base_weights_multiplier) == ((Path("a"), Path("b")), (1.0, 0.5))
+    assert config.adapter.max_norm == 1
+    for wrong, text in (
+        ({"base_weights": "a", "base_weights_multiplier": [1, 2]}, "has 2 numbers for 1 base_weights; give one for"),
+        ({"scale_weight_norms": 0}, "must be above 0, such as 1, got 0"),
+        ({"scale_weight_norms": 1, "network_module": "lokr"}, "norms are limited for plain LoRA alone"),
+        ({"scale_weight_norms": 1, "optimizer_type": "schedulefree"}, "would break the averages"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            train_config(wrong)
     config = train_config({"vae_dtype": "bfloat16", "save_precision": "float", "optimizer_args": []})
     assert (config.autoencoder_precision, config.output.save_precision) == ("bf16", "fp32")
     assert set(NETWORK_ARGS) >= {"include_patterns", "exclude_patterns", "loraplus_lr_ratio"}

@@ -153,6 +153,11 @@ def test_patterns_that_are_wrong_are_refused_with_names_to_choose_from(patterns)
         TrainableAdapters(build_dit(), AdapterConfig(**patterns), generator=seeded())
 
 
+def test_include_with_an_exclude_of_all_as_musubi_writes_it_says_what_to_leave_out():
+    with pytest.raises(ValueError, match="leave no layer to adapt; leave out exclude, which takes away from include"):
+        TrainableAdapters(build_dit(), AdapterConfig(include=("single",), exclude=(".*",)), generator=seeded())
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -589,6 +594,31 @@ def test_kinds_that_are_not_trained_imply_no_config():
 )
 def test_shapes_of_lokr_are_those_of_lycoris(shape, rank, factor, expected):
     assert lokr_shapes(shape, AdapterConfig(kind="lokr", rank=rank, lokr_factor=factor)) == expected
+
+
+def test_changes_of_longer_norm_are_scaled_down_in_both_factors():
+    config = AdapterConfig(rank=4, alpha=8.0, max_norm=1.5)
+    _, adapters = build(config, trained=False)
+    generator = torch.Generator().manual_seed(1)
+    for index, adapter in enumerate(map(adapters.adapter, adapters.linears)):
+        with torch.no_grad():
+            adapter.get_parameter("lora_B").normal_(std=0.01 if index % 2 else 1.0, generator=generator)
+    before = {name: value.clone() for name, value in adapters.state_dict().items()}
+    adapters.limit_norms(torch.tensor(False))
+    assert all(torch.equal(value, before[name]) for name, value in adapters.state_dict().items())
+    adapters.limit_norms(torch.tensor(True))
+    num_scaled = 0
+    for layer, adapter in ((layer, adapters.adapter(layer)) for layer in adapters.linears):
+        lora_A, lora_B = adapter.get_parameter("lora_A"), adapter.get_parameter("lora_B")
+        old_A, old_B = (before[f"layers.{layer.replace('.', '_')}.{name}"] for name in ("lora_A", "lora_B"))
+        norm = (2 * old_B.double() @ old_A.double()).norm().item()
+        if norm <= 1.5:
+            assert torch.equal(lora_A, old_A) and torch.equal(lora_B, old_B)
+            continue
+        num_scaled += 1
+        torch.testing.assert_close(2 * lora_B @ lora_A, (1.5 / norm) * 2 * old_B @ old_A)
+        torch.testing.assert_close(lora_A / old_A, (lora_B[0, 0] / old_B[0, 0]).expand_as(lora_A), rtol=1e-4, atol=0)
+    assert 0 < num_scaled < len(adapters.linears)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "blocks"])
