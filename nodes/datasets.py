@@ -23,7 +23,8 @@ from ..flux2_core.tensor_source import TensorSource
 from ..flux2_core.tokenizer import PromptTokenizer
 from ..flux2_core.variants import VARIANTS, TextEncoderConfig, Variant, get_variant
 from ..training.dataset import Dataset, list_dataset
-from ..training.dataset_config import MAX_SIDE, load_dataset_config
+from ..training.dataset_config import MAX_BATCH_SIZE, MAX_SIDE, load_dataset_config
+from ..training.train_progress import clock
 from . import host
 
 BUNDLED_DATASET = "tiny style (bundled)"
@@ -73,7 +74,7 @@ class CacheDataset:
                         "tooltip": "In ComfyUI's input folder (or in a folder of extra_model_paths.yaml called "
                         f"{host.DATASET_KIND}): a folder of pictures with captions in .txt files of the same name, a "
                         "TOML or JSON with settings as of musubi-tuner, or a table (CSV, JSON, JSONL) with the columns "
-                        f"image and prompt. {BUNDLED_DATASET}: 24 drawn pictures for the tiny model.",
+                        f"image and prompt. {BUNDLED_DATASET}: 32 drawn pictures for the tiny model.",
                     },
                 ),
                 "ae_name": (
@@ -100,6 +101,17 @@ class CacheDataset:
                     },
                 ),
             },
+            "optional": {
+                "batch_size": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": MAX_BATCH_SIZE,
+                        "tooltip": "Of a folder or table: pictures in a step. 0: one. A TOML or JSON has its own.",
+                    },
+                ),
+            },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
@@ -110,11 +122,12 @@ class CacheDataset:
         ae_name: str | None = None,
         text_encoder_name: str | None = None,
         resolution: int | None = None,
+        unique_id: str | None = None,
     ) -> bool | str:
         # None stands for a link, whose value is not known before the run.
         try:
             if dataset is not None and dataset.strip() != BUNDLED_DATASET:
-                host.find_inside(host.dataset_directories(), dataset, "dataset")
+                host.find_dataset(dataset)
             if ae_name is not None:
                 host.check_model_name("autoencoder", ae_name)
             if text_encoder_name is not None:
@@ -122,7 +135,7 @@ class CacheDataset:
             if resolution and not MIN_SIDE <= resolution <= MAX_SIDE:
                 raise ValueError(f"resolution is {resolution}; it must be 0, or {MIN_SIDE} to {MAX_SIDE} pixels")
         except (ValueError, OSError) as error:
-            return str(error)
+            return host.refusal(error, unique_id)
         return True
 
     @classmethod
@@ -133,12 +146,16 @@ class CacheDataset:
         text_encoder_name: str | None = None,
         variant: str | None = None,
         resolution: int | None = None,
+        batch_size: int | None = 0,
         **_: object,
     ) -> str:
-        if dataset is None or ae_name is None or text_encoder_name is None or variant is None or resolution is None:
+        if dataset is None or ae_name is None or text_encoder_name is None or variant is None:
+            return ""
+        if resolution is None or batch_size is None:
             return ""
         try:
-            return "\n".join(_state(read_dataset(dataset, ae_name, text_encoder_name, variant, resolution)))
+            found = read_dataset(dataset, ae_name, text_encoder_name, variant, resolution, batch_size)
+            return "\n".join(_state(found))
         except (ValueError, OSError) as error:  # the run itself will say so on the node
             return str(error)
 
@@ -150,12 +167,13 @@ class CacheDataset:
         text_encoder_name: str,
         variant: str,
         resolution: int,
+        batch_size: int = 0,
         unique_id: str | None = None,
-    ) -> tuple[LinkedDataset, Tensor, str]:
+    ) -> dict[str, Any]:
         from ..training.contact_sheet import draw_contact_sheet
         from ..training.dataset_report import format_report, report_dataset
 
-        found = read_dataset(dataset, ae_name, text_encoder_name, variant, resolution)
+        found = read_dataset(dataset, ae_name, text_encoder_name, variant, resolution, batch_size)
         folder, tokenizer = _find_tokenizer(found.text_encoder, found.variant.text_encoder)
         found, max_tokens = replace(found, tokenizer=folder), found.variant.text_encoder.max_tokens
         report = report_dataset(found.dataset, count_cut=lambda captions: tokenizer(captions, max_tokens).num_cut)
@@ -163,10 +181,13 @@ class CacheDataset:
         fill_cache(found, unique_id)
         sheet = draw_contact_sheet(found.dataset, reference_sides=found.variant.autoencoder.reference_sides)
         host.show_text(table, unique_id)
-        return (found, picture_batch([sheet]), table)
+        shown = {"images": [host.shown_preview(sheet, "contact_sheet")], "text": [table]}
+        return {"ui": shown, "result": (found, picture_batch([sheet]), table)}
 
 
-def read_dataset(dataset: str, ae_name: str, text_encoder_name: str, variant: str, resolution: int) -> LinkedDataset:
+def read_dataset(
+    dataset: str, ae_name: str, text_encoder_name: str, variant: str, resolution: int, batch_size: int
+) -> LinkedDataset:
     """The dataset that the widgets name, with the encoders for it; pictures are only listed.
 
     Raises:
@@ -175,12 +196,15 @@ def read_dataset(dataset: str, ae_name: str, text_encoder_name: str, variant: st
     text_encoder = host.model_path("text_encoder", text_encoder_name)
     found = _find_variant(variant, text_encoder)
     path = _bundled_dataset() if dataset.strip() == BUNDLED_DATASET else None
-    path = path or host.find_inside(host.dataset_directories(), dataset, "dataset")
+    path = path or host.find_dataset(dataset)
     config = load_dataset_config(path, roots=host.dataset_directories(), side=resolution or found.default_size)
-    if resolution and config.subsets[0].place != path:
-        raise ValueError(
-            f"resolution is {resolution}, but {path.name} has settings of its own; set it there, and 0 on the node"
-        )
+    for name, value in (("resolution", resolution), ("batch_size", batch_size)):
+        if value and config.subsets[0].place != path:
+            raise ValueError(
+                f"{name} is {value}, but {path.name} has settings of its own; set it there, and 0 on the node"
+            )
+    if batch_size:
+        config = replace(config, subsets=tuple(replace(subset, batch_size=batch_size) for subset in config.subsets))
     return LinkedDataset(
         dataset=list_dataset(config),
         variant=found,
@@ -197,15 +221,18 @@ def fill_cache(linked: LinkedDataset, node_id: str | None) -> None:
     """
     from ..training.encode import CacheOptions, cache_latents, cache_text
 
-    options = CacheOptions(
-        device=host.device(), on_progress=_ShowProgress(node_id).show, should_stop=host.should_stop
-    )  # fmt: skip
-    host.make_room(host.num_bytes(linked.autoencoder))
-    latents = cache_latents(linked.dataset, linked.autoencoder, options)
-    host.make_room(host.num_bytes(linked.text_encoder))
-    text = cache_text(
-        linked.dataset, linked.text_encoder, linked.variant.text_encoder, options, tokenizer=linked.tokenizer
-    )  # fmt: skip
+    progress = _ShowProgress(node_id)
+    options = CacheOptions(device=host.device(), on_progress=progress.show, should_stop=host.should_stop)
+    try:
+        host.make_room(host.num_bytes(linked.autoencoder))
+        latents = cache_latents(linked.dataset, linked.autoencoder, options)
+        host.make_room(host.num_bytes(linked.text_encoder))
+        text = cache_text(
+            linked.dataset, linked.text_encoder, linked.variant.text_encoder, options, tokenizer=linked.tokenizer
+        )
+    except BaseException:
+        progress.tell_stopped()
+        raise
     if latents.num_encoded or text.num_encoded:
         host.release_memory()
 
@@ -227,20 +254,25 @@ class _ShowProgress:
         self.node_id = node_id
         self.text = host.LiveText(node_id)
         self.progress = host.Progress(1, node_id)
-        self.what = ""
+        self.what = self.last = ""
         self.num_first = 0
         self.started = 0.0
 
     def show(self, what: str, num_done: int, num_all: int) -> None:
-        if what != self.what:
+        if what != self.what or not self.num_first:
             # The first may have waited for the encoder to load: the rate is that of the others.
             self.what, self.num_first, self.started = what, num_done, time.monotonic()
             self.progress = host.Progress(num_all, self.node_id)
         self.progress.update(num_done)
         seconds = time.monotonic() - self.started
         rate = (num_done - self.num_first) / seconds if seconds > 0 else 0.0
-        told = f", {rate:.2f} a second, {(num_all - num_done) / rate:.0f} s left" if rate else ""
-        self.text.show(f"{what}: {num_done} of {num_all}{told}", is_last=num_done == num_all)
+        told = f", {rate:.2f} a second, {clock((num_all - num_done) / rate)} left" if rate else ""
+        self.last = f"{what}: {num_done} of {num_all}"
+        self.text.show(f"{self.last}{told}", is_last=num_done == num_all)
+
+    def tell_stopped(self) -> None:
+        if self.last:
+            host.show_text(f"stopped, {self.last}: queue again to go on", self.node_id)
 
 
 def _bundled_dataset() -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ FALLBACK_MODELS_DIR = Path("models")
 """Searched where there is no ComfyUI."""
 FALLBACK_OUTPUT_DIR = Path("output")
 FALLBACK_INPUT_DIR = Path("input")
+FALLBACK_TEMP_DIR = Path("temp")
 DATASET_KIND = "datasets"
 OWN_FOLDER = "flux2_kit"
 """Of what training writes, in the folders for output and LoRAs; and of the bundled dataset, in the one for input."""
@@ -199,6 +201,22 @@ def dataset_directories() -> list[Path]:
     return [input_directory(), *map(Path, extra)]
 
 
+def shown_preview(image: Image.Image, name: str) -> dict[str, str]:
+    """Writes a picture into ComfyUI's temporary folder and gives the entry that shows it on a node."""
+    folder_paths = _loaded("folder_paths")
+    root = Path(folder_paths.get_temp_directory()) if folder_paths is not None else FALLBACK_TEMP_DIR
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / f"{name}_{secrets.token_hex(4)}.png"
+    image.save(path, compress_level=1)
+    return {"filename": path.name, "subfolder": "", "type": "temp"}
+
+
+def shown_output(path: Path) -> dict[str, str]:
+    """The entry that shows a picture of the output folder on a node."""
+    folder = path.parent.relative_to(output_directory().absolute())
+    return {"filename": path.name, "subfolder": folder.as_posix(), "type": "output"}
+
+
 def lora_directory() -> Path:
     """ComfyUI's first folder of LoRAs."""
     if (folder_paths := _loaded("folder_paths")) is None:
@@ -206,7 +224,13 @@ def lora_directory() -> Path:
     return Path(folder_paths.get_folder_paths(LORA_KIND)[0])
 
 
-def find_inside(folders: Sequence[Path], text: str, what: str) -> Path:
+def find_dataset(text: str) -> Path:
+    """As `find_inside`, of a dataset."""
+    advice = f"move it in there, or name the folder that it is in as {DATASET_KIND} in extra_model_paths.yaml"
+    return find_inside(dataset_directories(), text, "dataset", advice)
+
+
+def find_inside(folders: Sequence[Path], text: str, what: str, advice: str = "move it in there") -> Path:
     """The file or folder that a widget names, by its path in one of the folders, or by a whole path into one of them.
 
     Raises:
@@ -223,11 +247,11 @@ def find_inside(folders: Sequence[Path], text: str, what: str) -> Path:
         candidates = [folder / named for folder in folders]
     allowed = [path for path in candidates if is_inside(path, roots)]
     if not allowed:
-        raise ValueError(f"{what} is {text!r}, which is no place in {shown}; move it in there and give its name")
+        raise ValueError(f"{what} is {text!r}, which is no place in {shown} (links are followed); {advice}")
     for path in allowed:
         if path.exists():
             return path
-    raise ValueError(f"{what}: nothing is called {text!r} in {shown}; check the name")
+    raise ValueError(f"{what}: nothing is called {text!r} in {shown}; check the name, or {advice}")
 
 
 def tokenizer_directories() -> list[Path]:
@@ -299,6 +323,12 @@ def should_stop() -> bool:
     return False
 
 
+def is_interrupted() -> bool:
+    """Whether the user has pressed stop, for work that has to come to an end of its own before `should_stop` raises."""
+    management = _loaded("comfy.model_management")
+    return management is not None and management.processing_interrupted()
+
+
 class Progress:
     """The progress bar of a node.
 
@@ -333,8 +363,17 @@ class LiveText:
             show_text(text, self.node_id)
 
 
+def refusal(error: Exception, node_id: str | None) -> str:
+    """What a check of inputs answers; it is shown on the node as well.
+
+    Where other nodes of a workflow can run, ComfyUI's page runs those, and tells of this one by a red frame alone.
+    """
+    show_text(str(error), node_id)
+    return str(error)
+
+
 def show_text(text: str, node_id: str | None) -> None:
-    """Shows a line of text on a node."""
+    """Shows text on a node."""
     server = getattr(getattr(_loaded("server"), "PromptServer", None), "instance", None)
     if server is not None and node_id is not None and hasattr(server, "send_progress_text"):
         server.send_progress_text(text, node_id)

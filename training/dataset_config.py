@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 FOLDER_SIDE = 1024
 """Side in pixels of the square whose area pictures of a bare folder or table are trained at."""
 MAX_SIDE = 8192
-MAX_BATCH_SIZE = 4096
 """Largest side of a resolution, in pixels."""
+MAX_BATCH_SIZE = 4096
 MAX_CAPTION_ORDERS = 64
 MAX_REPEATS = 1_000_000
 MAX_SUBSETS = 1000

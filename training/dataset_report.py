@@ -136,8 +136,8 @@ def format_report(report: DatasetReport, source: Path | str, *, not_counted: str
     blocks = [head]
     for number, subset in enumerate(report.subsets, start=1):
         rows = _rows(subset, not_counted)
-        width = max(len(name) for name, _ in rows)
-        lines = [f"  {name:<{width}}  {text}" for name, text in rows]
+        width = max(len(name) for name, _ in rows) + 1
+        lines = [f"  {f'{name}:':<{width}} {text}" for name, text in rows]
         blocks.append("\n".join([f"[{number}] {subset.config.place}", *lines]))
     return "\n\n".join(blocks)
 

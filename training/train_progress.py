@@ -57,6 +57,12 @@ SampleCallback = Callable[[int, Image.Image], None]
 def describe_step(step: TrainStep) -> str:
     """One line about a step, for logs and nodes."""
     loss = f"{step.average_loss:.4f}" if math.isfinite(step.average_loss) else "not finite"
-    minutes, seconds = divmod(round(step.seconds_left), 60)
     rate = 1 / step.seconds_per_step if step.seconds_per_step else math.inf
-    return f"step {step.step}/{step.num_steps}, loss {loss}, {rate:.2f} steps/s, {minutes}:{seconds:02d} left"
+    return f"step {step.step}/{step.num_steps}, loss {loss}, {rate:.2f} steps/s, {clock(step.seconds_left)} left"
+
+
+def clock(seconds: float) -> str:
+    """A time as 0:05 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

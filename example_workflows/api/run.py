@@ -279,7 +279,12 @@ def run(server: Server, workflow: Workflow, output_dir: Path) -> list[Path]:
     """
     events = server.events()
     next(events, None)
-    prompt_id = json.loads(server.post("/prompt", {"prompt": workflow, "client_id": server.client_id}))["prompt_id"]
+    answer = json.loads(server.post("/prompt", {"prompt": workflow, "client_id": server.client_id}))
+    prompt_id = answer["prompt_id"]
+    if answer.get("node_errors"):
+        cancel(server, prompt_id)
+        lines = describe_node_errors(answer["node_errors"])
+        raise ValueError("\n".join(["the server can run a part of the workflow only, so it was cancelled:", *lines]))
     print(f"queued as {prompt_id}", file=sys.stderr)
     try:
         entry = wait(server, events, workflow, prompt_id)
@@ -288,7 +293,11 @@ def run(server: Server, workflow: Workflow, output_dir: Path) -> list[Path]:
         raise
     if (entry.get("status") or {}).get("status_str") == "error":
         raise ValueError(describe_failure(entry["status"]["messages"]))
-    return save(server, entry.get("outputs", {}), output_dir)
+    outputs = entry.get("outputs", {})
+    for node_id, output in outputs.items():
+        for text in output.get("text", []):
+            print(f"node {node_id}: {text}", file=sys.stderr)
+    return save(server, outputs, output_dir)
 
 
 def wait(server: Server, events: Iterator[dict[str, Any] | None], workflow: Workflow, prompt_id: str) -> dict[str, Any]:
@@ -356,15 +365,21 @@ def describe_refusal(code: int, content: bytes) -> str:
     """The server's answer as lines: what is wrong with which node."""
     try:
         answer = json.loads(content)
-        lines = [f"the server answers HTTP {code}: {answer['error']['message']}"]
-        for node_id, found in answer.get("node_errors", {}).items():
-            for each in found["errors"]:
-                # One text for several inputs is said once, without the input's name.
-                text = each["details"].partition(" - ")[2] or f"{each['message']}: {each['details']}"
-                lines.append(f"  node {node_id} ({found['class_type']}): {text}")
-        return "\n".join(dict.fromkeys(lines))
+        head = f"the server answers HTTP {code}: {answer['error']['message']}"
+        return "\n".join([head, *describe_node_errors(answer.get("node_errors", {}))])
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"the server answers HTTP {code}: {content[:500].decode(errors='replace')}"
+
+
+def describe_node_errors(node_errors: dict[str, Any]) -> list[str]:
+    """A line for everything that is wrong with a node."""
+    lines = []
+    for node_id, found in node_errors.items():
+        for each in found["errors"]:
+            # One text for several inputs is said once, without the input's name.
+            text = each["details"].partition(" - ")[2] or f"{each['message']}: {each['details']}"
+            lines.append(f"  node {node_id} ({found['class_type']}): {text}")
+    return list(dict.fromkeys(lines))
 
 
 def describe_failure(messages: list[Any]) -> str:

@@ -105,11 +105,14 @@ def test_stop_keeps_the_state_and_the_next_queue_goes_on(server):
     result = server.run(prompt, stop)
     assert result.status == "interrupted" and server.loaded() == {}, "all others have left the device for training"
     (done,) = {line for line in result.text(train) if line.startswith("stopped after step")}
-    last = int(done.split()[3].rstrip(","))
-    assert pressed[0] <= last < num_steps and "its state is kept: queue again to go on" in done
-    folder = server.base / "output" / "flux2_kit" / "stopped"
-    assert list((folder / "stopped-state").iterdir())
-    assert not (server.base / "models" / "loras" / "flux2_kit" / "stopped.safetensors").exists()
+    last = int(done.split()[3].rstrip(":"))
+    name = f"stopped-step{last:08d}.safetensors"
+    assert pressed[0] <= last < num_steps
+    assert done.endswith(f"flux2_kit/{name} and the state are kept, queue again to go on")
+    folder, loras = (server.base / place / "flux2_kit" for place in ("output", "models/loras"))
+    folder /= "stopped"
+    assert list((folder / "stopped-state").iterdir()) and (loras / name).is_file()
+    assert not (loras / "stopped.safetensors").exists()
 
     result = server.run(prompt)
     assert result.status == "success", result.messages
@@ -117,23 +120,45 @@ def test_stop_keeps_the_state_and_the_next_queue_goes_on(server):
     assert steps[0] == last + 1 and steps[-1] == num_steps
     records = [record for record in read_metrics(folder / "stopped-metrics.jsonl") if "loss" in record]
     assert [record["step"] for record in records] == list(range(1, num_steps + 1)), "no step is lost or done twice"
-    assert (server.base / "models" / "loras" / "flux2_kit" / "stopped.safetensors").is_file()
+    assert (loras / "stopped.safetensors").is_file()
 
 
-def test_a_lora_that_has_gone_is_noticed(server, trained):
-    """Though nothing in the graph has changed; back in its place, it is taken as it is."""
+def test_a_lora_that_has_gone_is_written_again(server, trained):
+    """Though nothing in the graph has changed."""
     prompt, _ = trained
     train = find_one(prompt, "Flux2KitTrainLoRA")
     path = server.base / "models" / "loras" / "flux2_kit" / "tiny_style.safetensors"
-    elsewhere = path.rename(server.base / "elsewhere.safetensors")
-    try:
-        result = server.run(prompt)
-        assert result.status == "error" and result.error["node_id"] == train
-        assert "tiny_style.safetensors has gone; put it back" in result.error["exception_message"]
-    finally:
-        elsewhere.rename(path)
+    content = path.read_bytes()
+    path.unlink()
     result = server.run(prompt)
-    assert result.status == "success" and result.steps(train) == []
+    assert result.status == "success" and train in result.executed and result.steps(train) == []
+    assert path.read_bytes() == content
+
+
+def test_the_history_holds_path_pictures_and_texts(server, trained):
+    prompt, result = trained
+    dataset, train = find_one(prompt, "Flux2KitCacheDataset"), find_one(prompt, "Flux2KitTrainLoRA")
+    assert result.outputs[train]["lora_name"] == ["flux2_kit/tiny_style.safetensors"]
+    assert result.outputs[train]["text"] == result.text(train)[-1:]
+    assert result.outputs[dataset]["text"] == result.text(dataset)[-1:]
+    *samples, curves = server.images(result, train)
+    assert [image.size for image in samples] == [(64, 64)] * 2 and curves.width > 1000
+    (sheet,) = server.images(result, dataset)
+    assert sheet.width == 1600
+
+
+def test_what_is_refused_is_told_on_the_node(server, trained):
+    """The server runs the other outputs of the workflow, and its page shows no window."""
+    prompt, _ = trained
+    changed = {node_id: {**node, "inputs": dict(node["inputs"])} for node_id, node in prompt.items()}
+    train = find_one(prompt, "Flux2KitTrainLoRA")
+    changed[train]["inputs"]["more_settings"] = "ema_decai = 1"
+    result = server.run(changed)
+    assert result.status == "success" and train not in result.executed
+    assert result.text(train) == ["more_settings sets 'ema_decai', which is no option; did you mean ema_decay?"]
+    alone = {node_id: changed[node_id] for node_id in (train, find_one(prompt, "Flux2KitCacheDataset"))}
+    status, answer = server.queue(alone, targets=[train])
+    assert status == 400 and "ema_decai" in answer["node_errors"][train]["errors"][0]["details"]
 
 
 def test_a_finished_run_with_other_settings_is_refused_on_the_node(server, trained):

@@ -30,7 +30,9 @@ class Executor:
         self.executed: list[str] = []
         """Ids of the nodes that the last prompt ran."""
         self.images: dict[str, torch.Tensor] = {}
-        """Pictures by the id of the node that showed them."""
+        """Pictures by the id of the native node that showed them."""
+        self.shown: dict[str, dict[str, Any]] = {}
+        """What our nodes showed by their ids: the outputs in the server's history."""
 
     def run(self, prompt: API) -> dict[str, tuple[Any, ...]]:
         """Checks and executes; returns every node's outputs.
@@ -69,8 +71,11 @@ class Executor:
             result = getattr(instance, node_class.FUNCTION)(**arguments)
         self.executed.append(node_id)
         if isinstance(result, dict):
-            self.images[node_id] = result["ui"]["images"]
-            result = ()
+            if node["class_type"] in NATIVE_NODES:
+                self.images[node_id] = result["ui"]["images"]
+            else:
+                self.shown[node_id] = result["ui"]
+            result = result.get("result", ())
         assert len(result) == len(node_class.RETURN_TYPES), node["class_type"]
         self.cache[node_id] = (signature, result)
         return result

@@ -36,7 +36,7 @@ executor = Executor(NODE_CLASS_MAPPINGS)
 def main() -> None:
     HELP.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("INPUT", "OUTPUT", "MODELS"):
+        for name in ("INPUT", "OUTPUT", "MODELS", "TEMP"):
             setattr(host, f"FALLBACK_{name}_DIR", Path(folder) / name.lower())
         _, (four,) = run("text_to_image_tiny")
         save(TEMPLATES / "text_to_image_tiny.jpg", grid(four, 2))
@@ -51,11 +51,12 @@ def main() -> None:
         save(TEMPLATES / "multi_reference_edit_tiny.jpg", steps([first[0], second[0]], after[0]))
         save(HELP / "references.jpg", row([first[0], second[0], after[0]], 128))
 
-        outputs, (sheet, curves, _, before, after) = run("train_lora_tiny")
+        outputs, (curves, _, before, after) = run("train_lora_tiny")
         lora = next(str(value[1]) for value in outputs.values() if len(value) == 5)
         save(TEMPLATES / "train_lora_tiny.jpg", training(before, after, curves[0]))
         save(HELP / "train.jpg", row([*before[:2], *after[:2]], 96))
-        save(HELP / "contact_sheet.jpg", shrink(sheet[0], 640))
+        (sheet,) = to_pictures(outputs["1"][1])
+        save(HELP / "contact_sheet.jpg", shrink(sheet, 640))
 
         api = read("lora_stack_tiny")
         next(node for node in api.values() if "lora_name" in node["inputs"])["inputs"]["lora_name"] = lora

@@ -35,6 +35,7 @@ class FakeServer(ThreadingHTTPServer):
         self.posted: list[tuple[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self.refusal: dict[str, Any] | None = None
+        self.node_errors: dict[str, Any] = {}
         self.has_websocket, self.is_endless = True, False
         images = [{"filename": "tiny_00001_.png", "subfolder": "flux2_kit", "type": "output"}]
         preview = [{"filename": "p.png", "subfolder": "", "type": "temp"}]
@@ -83,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(400, self.server.refusal)
         else:
             self.server.prompts.append(content["prompt"])
-            self._answer(200, {"prompt_id": "id-1", "number": 1, "node_errors": {}})
+            self._answer(200, {"prompt_id": "id-1", "number": 1, "node_errors": self.server.node_errors})
             self.server.queued.set()
 
     def _websocket(self) -> None:
@@ -246,6 +247,24 @@ def test_errors_of_nodes_are_shown(client, server, tmp_path, capsys):
         "  node 6 (Flux2KitSample): Value 99 bigger than max of 64: num_images",
     ]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_part_of_a_workflow_is_no_success(client, server, tmp_path, capsys):
+    """The server runs what it can and answers 200, where only some of the outputs can be made."""
+    found = [{"type": "custom", "message": "Custom validation failed", "details": "dit_name - no such file"}]
+    server.node_errors = {"6": {"errors": found * 2, "class_type": "Flux2KitTrainLoRA"}}
+    assert client.main(options(server, tmp_path)) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "error: the server can run a part of the workflow only, so it was cancelled:",
+        "  node 6 (Flux2KitTrainLoRA): no such file",
+    ]
+    assert server.posted == [("/interrupt", {"prompt_id": "id-1"})] and not (tmp_path / "out").exists()
+
+
+def test_texts_of_nodes_are_shown(client, server, tmp_path, capsys):
+    server.entry["outputs"]["9"] = {"text": ["style: 6 steps", "loss 0.5"]}
+    assert client.main(options(server, tmp_path)) == 0
+    assert capsys.readouterr().err.splitlines()[-2:] == ["node 9: style: 6 steps", "node 9: loss 0.5"]
 
 
 def test_a_failure_on_the_way_is_shown(client, server, tmp_path, capsys):

@@ -42,7 +42,7 @@ SAMPLING_INPUTS = [
 TRAINING_INPUTS = [
     *("dataset", "dit_name", "variant", "output_name", "max_train_steps", "learning_rate", "rank", "alpha"),
     *("optimizer_type", "lr_scheduler", "seed", "save_every_n_steps", "sample_every_n_steps", "sample_prompts"),
-    *("resume", "more_settings"),
+    *("resume", "more_settings", "precision", "vram_budget", "network_weights"),
 ]
 PROMPT_INPUTS = [
     *("scene", "subjects", "style", "lighting", "mood", "background", "composition"),
@@ -75,7 +75,7 @@ INPUTS_AND_OUTPUTS = {
     ),
     "Flux2KitSaveMergedDiT": (["dit", "filename_prefix", "precision"], ["STRING"]),
     "Flux2KitCacheDataset": (
-        ["dataset", "ae_name", "text_encoder_name", "variant", "resolution"],
+        ["dataset", "ae_name", "text_encoder_name", "variant", "resolution", "batch_size"],
         ["FLUX2_DATASET", "IMAGE", "STRING"],
     ),
     "Flux2KitTrainLoRA": (

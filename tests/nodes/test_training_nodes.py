@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,9 +17,11 @@ from flux2_kit.training.config import TrainConfig
 from flux2_kit.training.metrics import read_metrics
 from flux2_kit.training.tiny.pictures import draw_scenes, seen_scenes
 from PIL import Image
+from safetensors.torch import load_file
 from test_lora_nodes import TINY, graph
 from test_pack import inputs_of
 
+LATER_WIDGETS = ("precision", "vram_budget", "network_weights")
 PROMPT = "a large red circle at the top left on a blue background"
 
 
@@ -63,6 +67,7 @@ def comfy(monkeypatch) -> FakeComfy:
         free_memory=lambda num_bytes, device: fake.room.append(num_bytes),
         soft_empty_cache=lambda: None,
         throw_exception_if_processing_interrupted=fake.throw,
+        processing_interrupted=lambda: fake.stop_when(),
     )
     bar = SimpleNamespace(ProgressBar=lambda total, node_id=None: SimpleNamespace(update_absolute=fake.update))
     instance = SimpleNamespace(send_progress_text=lambda text, node_id: fake.texts.append((text, node_id)))
@@ -77,6 +82,7 @@ def root(host, tmp_path, monkeypatch) -> Path:
     """ComfyUI's folders, with a dataset of six pictures, two a batch and two of them held out, in the input folder."""
     monkeypatch.setattr(host, "FALLBACK_INPUT_DIR", tmp_path / "input")
     monkeypatch.setattr(host, "FALLBACK_OUTPUT_DIR", tmp_path / "output")
+    monkeypatch.setattr(host, "FALLBACK_TEMP_DIR", tmp_path / "temp")
     monkeypatch.setattr(host, "FALLBACK_MODELS_DIR", tmp_path / "models")
     write_dataset(tmp_path / "input" / "shapes")
     (tmp_path / "models" / "loras").mkdir(parents=True)
@@ -118,7 +124,10 @@ def lora_file(root: Path, name: str = "style") -> Path:
 def test_a_dataset_is_listed_drawn_and_cached(executor, root, comfy):
     linked, sheet, table = executor.run(cached())["data"]
     assert "6 pictures in 1 subset, 0 captions missing, 2 steps an epoch" in table and "tokens cut" in table
-    assert comfy.last_text("data") == table
+    assert comfy.last_text("data") == table and executor.shown["data"]["text"] == [table]
+    (entry,) = executor.shown["data"]["images"]
+    with Image.open(root / "temp" / entry["filename"]) as shown:
+        assert (shown.width, entry["type"], entry["subfolder"]) == (1600, "temp", "")
     assert any(text.startswith("captions encoded: 7 of 7, ") and "a second" in text for text, _ in comfy.texts)
     assert sheet.shape[0] == 1 and sheet.shape[2:] == (1600, 3) and sheet.max() <= 1 and sheet.std() > 0.05
     assert linked.variant.name == "tiny" and len(linked.dataset.items) == 6
@@ -133,7 +142,8 @@ def test_only_a_changed_dataset_is_read_again(executor, root, comfy):
     (root / "input" / "shapes" / "3.txt").write_text("an edited caption")
     executor.run(cached())
     assert "data" in executor.executed
-    assert [text for text, _ in comfy.texts if "encoded" in text] == ["captions encoded: 1 of 1"]
+    told = [text for text, _ in comfy.texts if "encoded" in text]
+    assert told[-1] == "captions encoded: 1 of 1" and not any("pictures" in text for text in told)
     shutil.copy(root / "input" / "shapes" / "0.png", root / "input" / "shapes" / "9.png")
     executor.run(cached())
     assert "data" in executor.executed
@@ -144,8 +154,12 @@ def test_a_bare_folder_is_trained_at_the_size_on_the_node(executor, root):
     assert {item.bucket for item in dataset.items} == {(64, 64)}
     dataset = executor.run(cached("shapes", resolution=128))["data"][0].dataset
     assert {item.bucket for item in dataset.items} == {(128, 128)}
-    with pytest.raises(ValueError, match=r"resolution is 128, but dataset\.toml has settings of its own"):
-        executor.run(cached(resolution=128))
+    assert dataset.config.subsets[0].batch_size == 1
+    dataset = executor.run(cached("shapes", batch_size=3))["data"][0].dataset
+    assert dataset.config.subsets[0].batch_size == 3
+    for name, value in (("resolution", 128), ("batch_size", 3)):
+        with pytest.raises(ValueError, match=rf"{name} is {value}, but dataset\.toml has settings of its own"):
+            executor.run(cached(**{name: value}))
     with pytest.raises(ValueError, match="resolution is 32; it must be 0, or 64 to 8192"):
         executor.run(cached("shapes", resolution=32))
 
@@ -155,6 +169,7 @@ def test_stop_ends_the_caching_and_the_next_run_goes_on(executor, root, comfy):
     with pytest.raises(InterruptProcessingException):
         executor.run(cached())
     assert "data" not in executor.cache
+    assert comfy.last_text("data") == "stopped, pictures encoded: 4 of 6: queue again to go on"
     comfy.stop_when = lambda: False
     comfy.bars.clear()
     executor.run(cached())
@@ -206,6 +221,7 @@ def test_folders_of_datasets_may_be_registered(executor, root, host, monkeypatch
         folder_names_and_paths={"datasets": None},
         get_folder_paths=lambda kind: [str(root / "elsewhere")],
         get_input_directory=lambda: str(root / "input"),
+        get_temp_directory=lambda: str(root / "temp"),
         get_filename_list=lambda kind: [],
     )
     monkeypatch.setitem(sys.modules, "folder_paths", fake)
@@ -239,7 +255,13 @@ def test_training_gives_a_lora_its_curves_and_samples(executor, root, nodes, com
     assert (6, 6) in comfy.bars and len(comfy.previews) == 4 and comfy.previews[1].size == (96, 64)
     texts = [text for text, node in comfy.texts if node == "train"]
     assert any(text.startswith("step 6/6, loss ") and text.endswith("0:00 left") for text in texts)
-    assert texts[-1].startswith("style: 6 steps, loss 0.") or texts[-1].startswith("style: 6 steps, loss 1.")
+    assert re.fullmatch(r"style: 6 steps, loss [01]\.\d+, saved as flux2_kit/style\.safetensors", texts[-1])
+    shown = executor.shown["train"]
+    assert shown["text"] == texts[-1:] and shown["lora_name"] == ["flux2_kit/style.safetensors"]
+    assert shown["images"] == [
+        {"filename": name, "subfolder": f"flux2_kit/{place}", "type": "output"}
+        for name, place in ((made[2], "style/sample"), (made[3], "style/sample"), ("style-curves.png", "style"))
+    ]
     assert max(comfy.room) > 2**50  # all that ComfyUI holds
 
 
@@ -261,14 +283,68 @@ def test_a_stopped_training_goes_on_where_it_was(executor, root, nodes, comfy):
     prompt = trained(nodes, output_name="parts")
     with pytest.raises(InterruptProcessingException):
         executor.run(prompt)
-    assert comfy.last_text("train") == "stopped after step 4, its state is kept: queue again to go on"
-    assert not lora_file(root, "parts").exists()
+    kept = "flux2_kit/parts-step00000004.safetensors and the state are kept"
+    assert comfy.last_text("train") == f"stopped after step 4: {kept}, queue again to go on"
+    assert not lora_file(root, "parts").exists() and lora_file(root, "parts-step00000004").is_file()
     comfy.stop_when = lambda: False
     comfy.bars.clear()
     assert executor.run(prompt)["train"][4] == 6
-    assert comfy.bars == [(5, 6), (6, 6)]
+    assert comfy.bars == [(5, 6), (6, 6)] and "going on after step 4: loading" in comfy.shown()
     whole, parts = (lora_file(root, name).read_bytes() for name in ("whole", "parts"))
     assert parts.replace(b"parts", b"whole") == whole
+
+
+def test_a_stopped_training_can_be_finished_where_it_was(executor, root, nodes, comfy):
+    comfy.stop_at(4)
+    with pytest.raises(InterruptProcessingException):
+        executor.run(trained(nodes, output_name="parts"))
+    comfy.stop_when = lambda: False
+    executor.run(trained(nodes, output_name="parts", max_train_steps=4))
+    assert comfy.last_text("train") == "parts: 4 steps, saved as flux2_kit/parts.safetensors"
+    executor.run(trained(nodes, output_name="whole", max_train_steps=4))
+    parts, whole = (load_file(lora_file(root, name)) for name in ("parts", "whole"))
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+
+
+def test_stop_before_the_first_step_leaves_nothing(executor, root, nodes, comfy):
+    comfy.stop_when = lambda: "loading" in comfy.shown()
+    with pytest.raises(InterruptProcessingException):
+        executor.run(trained(nodes))
+    assert comfy.last_text("train") == "stopped before the first step"
+    assert not list(lora_file(root).parent.iterdir())
+
+
+def test_a_stopped_run_that_does_not_resume_tells_how_to_go_on(executor, root, nodes, comfy):
+    executor.run(trained(nodes, max_train_steps=1))
+    comfy.texts.clear()
+    comfy.stop_at(4)
+    with pytest.raises(InterruptProcessingException):
+        executor.run(trained(nodes, resume=False))
+    assert comfy.last_text("train").endswith("switch resume on and set output_name to style_00002 to go on")
+
+
+def test_an_error_tells_what_is_left(executor, root, nodes, comfy, monkeypatch):
+    """A disk that is full when the state is to be written, and a loss that is not finite."""
+    executor.run(cached())
+    write = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if Path(target).suffix == ".safetensors" and comfy.bars[-1][1] == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(ValueError, match=r"No space left on device; check the path, .* and the free space") as caught:
+        executor.run(trained(nodes, save_every_n_steps=2))
+    assert "style.safetensors" in str(caught.value), "which file it was"
+    assert comfy.last_text("train") == "ended after step 6, its state could not be kept"
+
+    monkeypatch.setattr(Path, "replace", write)
+    more = "preflight = false\nmixed_precision = 'fp16'\nmax_bad_steps = 2\nmax_grad_norm = 0"
+    with pytest.raises(ValueError, match="the loss was not finite in 2 steps in a row"):
+        executor.run(trained(nodes, learning_rate=10.0, output_name="steep", max_train_steps=60, more_settings=more))
+    kept = re.fullmatch(r"ended after step (\d+), the state of step (\d+) is kept: queue .*", comfy.last_text("train"))
+    assert kept is not None and kept[1] == kept[2]
 
 
 def test_what_a_run_is_made_of_is_noticed_when_it_changes(executor, root, nodes):
@@ -276,7 +352,7 @@ def test_what_a_run_is_made_of_is_noticed_when_it_changes(executor, root, nodes)
     shutil.copy(root / "input" / "shapes" / "0.png", root / "input" / "reference.png")
     executor.run(trained(nodes, output_name="first", max_train_steps=1))
     inputs = {"max_train_steps": 1, "output_name": "noticed", "sample_prompts": "a star --s 1 --ci reference.png"}
-    inputs["more_settings"] = 'preflight = false\nnetwork_weights = "flux2_kit/first.safetensors"'
+    inputs |= {"more_settings": "preflight = false", "network_weights": "flux2_kit/first.safetensors"}
     prompt = trained(nodes, **inputs)
 
     def runs(prompt: dict) -> bool:
@@ -296,9 +372,10 @@ def test_what_a_run_is_made_of_is_noticed_when_it_changes(executor, root, nodes)
     # The LoRA itself: another one in its place, and none.
     os.utime(lora_file(root, "noticed"), ns=(1, 1))
     assert runs(prompt) and not runs(prompt)
-    lora_file(root, "noticed").rename(root / "elsewhere")
-    with pytest.raises(ValueError, match=r"noticed is trained, but .* has gone; put it back"):
-        executor.run(prompt)
+    content = lora_file(root, "noticed").read_bytes()
+    lora_file(root, "noticed").unlink()
+    assert runs(prompt) and not runs(prompt)
+    assert lora_file(root, "noticed").read_bytes() == content  # out of the state
 
 
 def test_a_finished_run_is_not_done_again_but_goes_on_when_it_is_made_longer(executor, root, nodes, comfy):
@@ -319,9 +396,22 @@ def test_a_finished_run_is_not_done_again_but_goes_on_when_it_is_made_longer(exe
         ValueError, match="style is trained for 8 steps already, and max_train_steps is 6; give another"
     ):
         executor.run(trained(nodes))
-    lora_file(root).unlink()
-    with pytest.raises(ValueError, match=r"style is trained, but .*style\.safetensors has gone; put it back"):
+    shutil.rmtree(root / "output" / "flux2_kit" / "style")
+    content = lora_file(root).read_bytes()
+    with pytest.raises(ValueError, match=r"style\.safetensors is there already, and no .*state.* to train it on from"):
         executor.run(trained(nodes, max_train_steps=8, save_every_n_steps=3))
+    assert lora_file(root).read_bytes() == content
+
+
+def test_other_sample_prompts_of_a_finished_run_are_told(executor, root, nodes, comfy):
+    prompts = f"{PROMPT} --s 1 --d 1\na star --s 1 --d 2"
+    executor.run(trained(nodes, sample_prompts=prompts))
+    samples = executor.run(trained(nodes, sample_prompts="a star --s 1 --d 2"))["train"][3]
+    end = "style is trained already: 6 steps. Nothing was done"
+    assert comfy.last_text("train") == f"{end}; FLUX.2 Apply LoRA makes pictures of other prompts"
+    assert samples.shape == (1, 64, 320, 3)  # says that there are none
+    samples = executor.run(trained(nodes, sample_prompts=prompts))["train"][3]
+    assert comfy.last_text("train") == end and samples.shape == (2, 64, 64, 3)
 
 
 def test_other_settings_are_refused_or_begin_anew_beside_the_run(executor, root, nodes):
@@ -356,8 +446,8 @@ def test_a_dataset_of_another_model_is_refused_before_anything_is_loaded(executo
 
 def test_more_settings_reach_the_training(executor, root, nodes):
     executor.run(trained(nodes, output_name="first", max_train_steps=2))
-    text = 'network_weights = "flux2_kit/first.safetensors"\ndim_from_weights = true\n[more]\nmax_train_epochs = 2'
-    outputs = executor.run(trained(nodes, rank=16, more_settings=text))["train"]
+    text, first = "dim_from_weights = true\n[more]\nmax_train_epochs = 2", "flux2_kit/first.safetensors"
+    outputs = executor.run(trained(nodes, rank=32, network_weights=first, more_settings=text))["train"]
     assert outputs[4] == 4  # two epochs of two steps
     text = 'lr_warmup_steps = 2\nnetwork_args = ["dora=true"]\nsample_every_n_epochs = 1\nmixed_precision = "no"'
     prompts = {"sample_prompts": f"{PROMPT} --s 1", "lr_scheduler": "cosine"}
@@ -380,9 +470,12 @@ def test_more_settings_reach_the_training(executor, root, nodes):
         ("network_dim = 4", "network_dim: set rank on the node"),
         ("dit = '/tmp/x.safetensors'", "dit: choose it on the node"),
         ("config_file = 'x.toml'", "config_file: it belongs to `flux2 train`"),
-        ("network_weights = '../x.safetensors'", "'../x.safetensors' is not in ComfyUI's loras folder"),
-        ("network_weights = '/etc/passwd'", "'/etc/passwd' is not in ComfyUI's loras folder"),
-        ("ema_decai = 0.9", "'ema_decai', which is no option"),
+        ("network_weights = '/etc/passwd'", "network_weights: set network_weights on the node"),
+        ("rank = 4", "rank: set rank on the node"),
+        ("lr = 1", "lr: set learning_rate on the node"),
+        ("batch_size = 2", "batch_size: set it in FLUX.2 Cache Dataset"),
+        ("ema_decai = 0.9", "'ema_decai', which is no option; did you mean ema_decay?"),
+        ("quux = 0.9", "'quux', which is no option; `flux2 train --help` lists them"),
         ("xformers = true", "xformers, which is not supported: leave it out"),
         ("ema_decay = ", "more_settings is no TOML"),
         ("ema_decay = 0.9\n[x]\nema_decay = 0.8", "sets ema_decay twice"),
@@ -399,6 +492,23 @@ def test_settings_that_are_not_for_the_node_are_refused(executor, root, nodes, t
     assert not (root / "output").exists() and not lora_file(root).parent.exists()
 
 
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "gone.safetensors"])
+def test_a_lora_to_start_from_lies_among_the_loras(executor, root, nodes, name):
+    Image.new("RGB", (8, 8)).save(root / "models" / "x.safetensors", format="PNG")
+    with pytest.raises(ValueError, match="is not in ComfyUI's loras folder"):
+        executor.run(trained(nodes, network_weights=name))
+
+
+def test_memory_is_chosen_on_the_node(executor, root, nodes):
+    executor.run(trained(nodes, max_train_steps=1))
+    with pytest.raises(ValueError, match="base_precision was auto, now nf4"):
+        executor.run(trained(nodes, max_train_steps=1, precision="nf4"))
+    before = {name: value for name, value in trained(nodes)["train"]["inputs"].items() if name not in LATER_WIDGETS}
+    prompt = trained(nodes)
+    prompt["train"]["inputs"] = before | {"max_train_steps": 1}  # as from before these widgets
+    assert executor.run(prompt)["train"][4] == 1
+
+
 def test_no_class_is_imported_by_its_name(executor, root, nodes):
     linked = executor.run(cached())["data"][0]
     inputs = trained(nodes, optimizer_type="accelerate.optimizer.AcceleratedOptimizer")["train"]["inputs"] | {
@@ -410,15 +520,16 @@ def test_no_class_is_imported_by_its_name(executor, root, nodes):
 
 
 def test_every_option_is_open_refused_or_a_widget(pack, nodes):
-    training = sys.modules[f"{pack.__name__}.nodes.training"]
+    training = sys.modules[f"{pack.__name__}.nodes.training_run"]
     parser = __import__("argparse").ArgumentParser()
     options = sys.modules[f"{pack.__name__}.training.train_options"]
     options.add_train_options(parser)
     known = {action.dest for action in parser._actions} - {"help"}
     allowed = {*options.OPTIONS, *training.OTHER_OPTIONS, *training.WITHOUT_EFFECT} - set(training.OWN_OPTIONS)
     assert known == allowed | set(training.OWN_OPTIONS) | set(training.REFUSED)
-    paths = {name for name in allowed & set(options.OPTIONS) if options._kind(options.OPTIONS[name].setting) is Path}
-    assert paths == {"network_weights"}  # which is looked up among the LoRAs
+    kinds = {name: str(options._kind(options.OPTIONS[name].setting)) for name in allowed & set(options.OPTIONS)}
+    paths = {name for name, kind in kinds.items() if "Path" in kind}
+    assert paths <= {"base_weights"}  # which are looked up among the LoRAs
     assert set(training.WIDGET_OPTIONS) <= set(inputs_of(nodes["Flux2KitTrainLoRA"]))
 
 
@@ -479,14 +590,24 @@ def test_stop_during_the_last_samples_leaves_a_finished_lora(executor, root, nod
 def test_defaults_are_those_of_the_settings(nodes, pack):
     config = TrainConfig()
     options: ModuleType = sys.modules[f"{pack.__name__}.training.train_options"]
-    training = sys.modules[f"{pack.__name__}.nodes.training"]
+    training = sys.modules[f"{pack.__name__}.nodes.training_run"]
     widgets = inputs_of(nodes["Flux2KitTrainLoRA"])
     for widget, option in training.WIDGET_OPTIONS.items():
         value = config
         for part in options.OPTIONS[option].setting.split("."):
             value = getattr(value, part)
-        assert widgets[widget][1]["default"] == (0 if value is None else value), widget
+        choices, shown = widgets[widget]
+        default = shown.get("default", choices[0] if isinstance(choices, list) else None)
+        assert default == ("none" if widget == "network_weights" else 0 if value is None else value), widget
     assert widgets["resume"][1]["default"] is True and widgets["seed"][1]["control_after_generate"] is False
+
+
+def test_what_is_refused_is_told_on_the_node(nodes, root, comfy):
+    """Where other nodes can run, ComfyUI's page says nothing else."""
+    text = nodes["Flux2KitTrainLoRA"].VALIDATE_INPUTS(more_settings="ema_decai = 1", unique_id="7")
+    assert comfy.last_text("7") == text and "ema_decai" in text
+    text = nodes["Flux2KitCacheDataset"].VALIDATE_INPUTS(dataset="/etc", unique_id="8")
+    assert comfy.last_text("8") == text and "extra_model_paths.yaml" in text
 
 
 def test_the_file_of_the_dit_counts(nodes, root, host, random_tiny_files):

@@ -27,6 +27,7 @@ WIDGET_HEIGHT = 28
 TEXT_HEIGHT = 100
 PICTURE_SIDE = 320
 LINE_HEIGHT = 40
+TABLE_HEIGHT = 180
 PREVIEW_HEIGHT = 224
 """Of a line of text and a live preview below the widgets."""
 GAP = 50
@@ -186,9 +187,17 @@ def image_to_image_tiny() -> Workflow:
 def train_lora_tiny() -> Workflow:
     prompt = f"{STYLE}, a large red circle at the top left on a blue background"
     flow = Workflow()
+    flow.note_title = "With pictures of your own"
+    flow.note = (
+        "1. Put a folder of pictures into `input`, each with its caption in a text file of the same name. Write the "
+        "folder's name into *dataset*.\n"
+        "2. Choose AE and text encoder there, and the DiT in *FLUX.2 Train LoRA*: dev, klein-base-4b or klein-base-9b. "
+        "Load the same files, or the distilled klein, in *4. Models*.\n"
+        "3. *learning_rate* 0 and *max_train_steps* 1000 to 2000 are a good start. Write sample prompts and watch.\n\n"
+        "The stop button keeps what is trained: queue again, and it goes on."
+    )
     flow.column("1. Dataset")
     dataset = flow.add("Flux2KitCacheDataset")
-    flow.add("PreviewImage", "Contact sheet", images=dataset.output(1))
     flow.column("2. Train")
     trained = flow.add(
         "Flux2KitTrainLoRA",
@@ -199,7 +208,7 @@ def train_lora_tiny() -> Workflow:
         sample_every_n_steps=25,
         sample_prompts=f"{prompt} --d 1\n{STYLE}, a small green square at the center on a white background --d 2",
     )
-    flow.column("3. Run")
+    flow.column("3. Loss and samples")
     flow.add("PreviewImage", "Loss", images=trained.output(2))
     flow.add("PreviewImage", "Last samples", images=trained.output(3))
     flow.column("4. Models")
@@ -569,6 +578,8 @@ def node_size(node: dict[str, Any]) -> tuple[int, int]:
     height += TEXT_HEIGHT * num_texts(node_class)
     if hasattr(node_class, "OUTPUT_NODE"):
         height += PICTURE_SIDE
+        if node["class_type"] == "Flux2KitCacheDataset":
+            height += TABLE_HEIGHT
     elif "unique_id" in node_class.INPUT_TYPES().get("hidden", {}):
         # What a node shows while it runs makes it longer: it must not grow over the one below.
         height += LINE_HEIGHT + PREVIEW_HEIGHT * ("ae" in node["inputs"])

@@ -79,7 +79,7 @@ def test_pictures_held_out_are_no_steps(settings):
 
 def test_the_table_says_it_all_in_words(settings):
     text = format_report(report_dataset(listed(settings)), settings, not_counted="for a reason")
-    lines = {line.strip().split("  ")[0]: line for line in text.splitlines() if line.startswith("  ")}
+    lines = {line.strip().split(":")[0]: line for line in text.splitlines() if line.startswith("  ")}
     assert f"{settings}: 6 pictures in 2 subsets, 1 caption missing, 7 steps an epoch" in text
     assert "[1] " in text and "one [v1]" in text
     assert "256x256: 2, 512x128: 1" in text
@@ -87,6 +87,9 @@ def test_the_table_says_it_all_in_words(settings):
     assert "1 for 2 pictures, 2 for 1 picture; scaled as when generating" in text
     assert "1: long.png (36%)" in text and "1: long.png (2.00x)" in text
     assert "not counted: for a reason" in lines["tokens cut"]
+    # In columns, and told apart where spaces are drawn as one, as on ComfyUI's page.
+    places = (lines["tokens cut"].index("not"), lines["upscaled by more than 10 %"].index("none"))
+    assert places[0] == places[1] and "tokens cut: not counted" in " ".join(text.split())
 
 
 def test_of_very_many_buckets_the_fullest_are_named(tmp_path):
