@@ -105,7 +105,7 @@ class TestFolders:
         save(tmp_path / "elsewhere" / "a.png")
         caption(save(tmp_path / "pictures" / "b.png"))
         (tmp_path / "pictures" / "a.png").symlink_to(tmp_path / "elsewhere" / "a.png")
-        (tmp_path / "pictures" / "folder").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "pictures" / "folder.png").symlink_to(tmp_path / "elsewhere")
         assert [item.name for item in list_folder(tmp_path).items] == ["a.png", "b.png"]
         (tmp_path / "elsewhere" / "a.png").unlink()
         with pytest.raises(ValueError, match=r"a\.png: no picture at"):
