@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import ast
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from ..flux2_core.memory_options import LONG_DTYPES, choose_precision
+from ..flux2_core.variants import VARIANTS
 from .config import TrainConfig
 from .foreign_options import REFUSED, REFUSED_NETWORK_ARGS, WITHOUT_EFFECT, refuse_foreign_options
 
@@ -37,13 +38,17 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "run": (
         Option("max_train_steps", "max_train_steps", "steps of the optimiser"),
         Option("max_train_epochs", "max_train_epochs", "passes over the dataset; replaces max_train_steps"),
-        Option("gradient_accumulation_steps", "gradient_accumulation_steps", "batches a step"),
-        Option("seed", "seed", "order, noise, noise levels and first weights"),
-        Option("mixed_precision", "mixed_precision", "of the frozen base; default: as in the DiT's file"),
+        Option("gradient_accumulation_steps", "gradient_accumulation_steps", "batches that make a step"),
+        Option("seed", "seed", "decides order, noise, noise levels and first weights"),
+        Option(
+            "mixed_precision",
+            "mixed_precision",
+            "of base and activations, the LoRA is fp32; default: as in the DiT's file",
+        ),
         Option("ema_decay", "ema_decay", "save and sample a moving average of the LoRA, such as 0.999"),
         Option("max_bad_steps", "max_bad_steps", "give up after so many steps in a row without a finite loss"),
-        Option("preflight", "preflight", "try the largest batch first"),
-        Option("compile", "compile", "torch.compile of the blocks, for long runs"),
+        Option("preflight", "preflight", "try the largest batch first, so that too little memory shows at once"),
+        Option("compile", "compile", "torch.compile of the blocks, which pays in long runs"),
     ),
     "memory": (
         Option("precision", "base_precision", "of frozen blocks; default: auto, fp8 where plain weights do not fit"),
@@ -68,37 +73,69 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("scale_weight_norms", "adapter.max_norm", "scale longer changes of layers down to this norm, such as 1"),
     ),
     "noise levels": (
-        Option("timestep_sampling", "timesteps.timestep_sampling", "density of the noise levels"),
-        Option("discrete_flow_shift", "timesteps.discrete_flow_shift", "for shift and sigma"),
-        Option("sigmoid_scale", "timesteps.sigmoid_scale", "for sigmoid, shift, flux2_shift"),
+        Option(
+            "timestep_sampling",
+            "timesteps.timestep_sampling",
+            "how often each noise level is trained; flux2: as the sampler visits it at that size",
+        ),
+        Option("discrete_flow_shift", "timesteps.discrete_flow_shift", "for shift and sigma; above 1 is more noise"),
+        Option("sigmoid_scale", "timesteps.sigmoid_scale", "width for sigmoid, shift, flux2_shift"),
         Option("logit_mean", "timesteps.logit_mean", "for logit_normal and logsnr"),
         Option("logit_std", "timesteps.logit_std", "for logit_normal and logsnr"),
         Option("mode_scale", "timesteps.mode_scale", "for mode"),
-        Option("weighting_scheme", "timesteps.weighting_scheme", "weight of the loss by noise level"),
+        Option(
+            "weighting_scheme",
+            "timesteps.weighting_scheme",
+            "weight of the loss by noise level; logit_normal and mode only for sigma",
+        ),
         Option("min_timestep", "timesteps.min_sigma", "lowest noise level, 0..1000", scale=1e-3),
         Option("max_timestep", "timesteps.max_sigma", "highest noise level, 0..1000", scale=1e-3),
-        Option("preserve_distribution_shape", "timesteps.preserve_distribution_shape", "cut off between these bounds"),
-        Option("num_timestep_buckets", "timesteps.num_timestep_buckets", "stratified sampling over so many draws"),
+        Option(
+            "preserve_distribution_shape",
+            "timesteps.preserve_distribution_shape",
+            "cut the density off at these bounds, instead of squeezing it in between",
+        ),
+        Option(
+            "num_timestep_buckets",
+            "timesteps.num_timestep_buckets",
+            "of so many samples each has another quantile; default: independent samples",
+        ),
     ),
     "optimiser": (
-        Option("optimizer_type", "optimizer.optimizer_type", "adamw, adamw8bit, adafactor, prodigy, ... or a class"),
+        Option(
+            "optimizer_type",
+            "optimizer.optimizer_type",
+            "adamw, adamw8bit, adafactor, prodigy, schedulefree, or a class by its dotted name",
+        ),
         Option("learning_rate", "optimizer.learning_rate", "at the top of the schedule; default: 1e-4, for prodigy 1"),
         Option("optimizer_args", "optimizer.optimizer_args", "more arguments of the optimiser, as name=value"),
         Option("max_grad_norm", "optimizer.max_grad_norm", "gradients are scaled down to this norm; 0: never"),
-        Option("lr_scheduler", "schedule.lr_scheduler", "how the learning rate goes on"),
-        Option("lr_warmup_steps", "schedule.lr_warmup_steps", "steps, a share below 1, or a percentage"),
-        Option("lr_decay_steps", "schedule.lr_decay_steps", "steps, a share below 1, or a percentage"),
-        Option("lr_scheduler_num_cycles", "schedule.lr_scheduler_num_cycles", "for cosine_with_restarts"),
+        Option("lr_scheduler", "schedule.lr_scheduler", "how the learning rate goes on from the top"),
+        Option("lr_warmup_steps", "schedule.lr_warmup_steps", "rise from 0: steps, a share below 1, or a percentage"),
+        Option("lr_decay_steps", "schedule.lr_decay_steps", "fall of warmup_stable_decay, likewise"),
+        Option(
+            "lr_scheduler_num_cycles",
+            "schedule.lr_scheduler_num_cycles",
+            "for cosine_with_restarts, cosine_with_min_lr, warmup_stable_decay",
+        ),
         Option("lr_scheduler_power", "schedule.lr_scheduler_power", "for polynomial"),
-        Option("lr_scheduler_timescale", "schedule.lr_scheduler_timescale", "for inverse_sqrt, in steps"),
-        Option("lr_scheduler_min_lr_ratio", "schedule.lr_scheduler_min_lr_ratio", "lowest rate over the highest"),
+        Option(
+            "lr_scheduler_timescale",
+            "schedule.lr_scheduler_timescale",
+            "for inverse_sqrt, in steps; default: the warm-up",
+        ),
+        Option(
+            "lr_scheduler_min_lr_ratio",
+            "schedule.lr_scheduler_min_lr_ratio",
+            "lowest rate over the highest, for cosine_with_min_lr, warmup_stable_decay, polynomial; rex: 0.01",
+        ),
     ),
     "what is written": (
         Option("output_dir", "output.output_dir", "folder"),
         Option("output_name", "output.output_name", "begins the name of every file"),
         Option("save_precision", "output.save_precision", "of the LoRA's file", aliases={"float": "fp32"}),
-        Option("save_every_n_steps", "output.save_every_n_steps", "write the LoRA so often"),
-        Option("save_every_n_epochs", "output.save_every_n_epochs", "write the LoRA so often"),
+        Option("save_every_n_steps", "output.save_every_n_steps", "write the LoRA so often, not only at the end"),
+        Option("save_every_n_epochs", "output.save_every_n_epochs", "likewise, by epochs"),
         Option("save_last_n_steps", "output.save_last_n_steps", "of those keep the ones of the last N steps"),
         Option("save_last_n_epochs", "output.save_last_n_epochs", "of those keep the last N"),
         Option("save_state", "output.save_state", "write the state for --resume with every save"),
@@ -118,7 +155,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "file of prompts for `flux2 generate --from_file`, made at the end",
         ),
         Option("sample_every_n_steps", "monitor.sample_every_n_steps", "make the sample pictures so often"),
-        Option("sample_every_n_epochs", "monitor.sample_every_n_epochs", "make the sample pictures so often"),
+        Option("sample_every_n_epochs", "monitor.sample_every_n_epochs", "likewise, by epochs"),
         Option("sample_at_first", "monitor.sample_at_first", "and before the first step"),
         Option("validate_every_n_steps", "monitor.validate_every_n_steps", "default: ten times in the run"),
         Option("num_validation_sigmas", "monitor.num_validation_sigmas", "noise levels for each held-out picture"),
@@ -154,38 +191,75 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     """Adds all options of ``flux2 train``; those that are not given stay out of the namespace."""
     group = parser.add_argument_group("models and data")
     group.add_argument("--config_file", metavar="TOML", help="options in a file, in sections or without")
-    group.add_argument("--dataset_config", metavar="FILE", help="settings, table or folder, as it was cached")
-    group.add_argument("--model_version", metavar="NAME", help="a variant, or auto; default: tiny without --dit")
-    group.add_argument("--dit", metavar="PATH", help="default: looked up by variant")
-    group.add_argument("--vae", metavar="PATH", help="for sample pictures")
-    group.add_argument("--text_encoder", metavar="PATH", help="for sample pictures")
+    group.add_argument("--dataset_config", metavar="FILE", help="settings, table or folder, as it was cached; needed")
+    names = ", ".join(VARIANTS)
+    group.add_argument("--model_version", metavar="NAME", help=f"{names}, or auto; default: auto with --dit, else tiny")
+    group.add_argument("--dit", metavar="PATH", help="the base; default: looked up by variant")
+    group.add_argument("--vae", metavar="PATH", help="autoencoder, for sample pictures; default: looked up by variant")
+    group.add_argument("--text_encoder", metavar="PATH", help="for sample pictures; default: looked up by variant")
     group.add_argument("--tokenizer", metavar="PATH", help="default: beside the text encoder")
     group.add_argument("--models_dir", metavar="DIR", help="ComfyUI's models folder, searched for what is not given")
     group.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0; default: cuda where there is one")
-    group.add_argument("--resume", metavar="DIR", help="go on from a state, <output_name>-state")
-    group.add_argument(
-        "--show_timesteps",
-        metavar="HOW",
-        help="only show how often each noise level will be trained: console, image, or a path of a picture",
-    )
-    flag = argparse.BooleanOptionalAction
-    group.add_argument("--gradient_checkpointing", action=flag, help="default: on, for tiny off")
-    group.add_argument("--gradient_checkpointing_cpu_offload", action=flag, help="and keep the rest in host memory")
-    group.add_argument("--fp8_base", action="store_true", default=None, help="the same as --precision fp8")
-    group.add_argument("--fp8_scaled", action="store_true", default=None, help=argparse.SUPPRESS)
-    group.add_argument("--fp8_text_encoder", action="store_true", default=None, help=argparse.SUPPRESS)
     for title, options in GROUPS.items():
         group = parser.add_argument_group(title)
         for option in options:
             group.add_argument(f"--{option.name}", **_argument(option))
-        if title == "LoRA":
-            group.add_argument("--network_module", metavar="NAME", help=f"{', '.join(NETWORK_MODULES)}; default: lora")
-            names = ", ".join(NETWORK_ARGS)
-            group.add_argument("--network_args", nargs="*", metavar="NAME=VALUE", help=f"any of {names}")
+        if title in SPECIAL:
+            SPECIAL[title](group)
     for name in WITHOUT_EFFECT:
         parser.add_argument(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
     for name in REFUSED:
         parser.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
+
+
+def _add_run_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--resume", metavar="DIR", help="go on from a state, <output_name>-state")
+
+
+def _add_memory_options(group: argparse._ArgumentGroup) -> None:
+    flag = argparse.BooleanOptionalAction
+    group.add_argument(
+        "--gradient_checkpointing",
+        action=flag,
+        help="compute activations again in the backward pass instead of keeping them; default: on, for tiny off",
+    )
+    group.add_argument(
+        "--gradient_checkpointing_cpu_offload",
+        action=flag,
+        help="and keep what is left of them in host memory; default: where the device has no room for them",
+    )
+    group.add_argument("--fp8_base", action="store_true", default=None, help="the same as --precision fp8")
+    group.add_argument("--fp8_scaled", action="store_true", default=None, help=argparse.SUPPRESS)
+    group.add_argument("--fp8_text_encoder", action="store_true", default=None, help=argparse.SUPPRESS)
+
+
+def _add_network_options(group: argparse._ArgumentGroup) -> None:
+    names = ", ".join(NETWORK_MODULES)
+    group.add_argument("--network_module", metavar="NAME", help=f"{names}; default: lora")
+    group.add_argument(
+        "--network_args",
+        nargs="*",
+        metavar="NAME=VALUE",
+        help='include_patterns=["REGEX"] and exclude_patterns=["REGEX"] choose layers; use_dora=True; use_rslora=True; '
+        "loraplus_lr_ratio=16 lets lora_B learn so much faster; factor=8 is the smaller side of both factors of LoKr",
+    )
+
+
+def _add_timestep_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--show_timesteps",
+        metavar="HOW",
+        help="train nothing, show how often each noise level would be trained: console, image, or a picture's path",
+    )
+
+
+SPECIAL: dict[str, Callable[[argparse._ArgumentGroup], None]] = {
+    "run": _add_run_options,
+    "memory": _add_memory_options,
+    "LoRA": _add_network_options,
+    "noise levels": _add_timestep_options,
+}
+"""What groups have beside their settings' options."""
 
 
 def train_config(values: Mapping[str, Any]) -> TrainConfig:
@@ -300,6 +374,7 @@ def _argument(option: Option) -> dict[str, Any]:
     """How argparse reads an option; values are checked by `_convert`, as those of a TOML are."""
     kind, default = _kind(option.setting), _default(option.setting)
     shown = default / option.scale if option.scale is not None else default
+    shown = f"{shown:g}" if isinstance(shown, float) else shown
     is_told = "default" in option.help or default is None or default is False or default == ()
     text = option.help if is_told else f"{option.help}; default: {'on' if default is True else shown}"
     if kind is bool and default is True:
