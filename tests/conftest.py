@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,25 @@ class TinyFiles:
     def options(self) -> list[str]:
         """For the command line."""
         return ["--dit", str(self.dit), "--vae", str(self.autoencoder), "--text_encoder", str(self.text_encoder)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def eight_bit_products_on_cpus() -> Iterator[None]:
+    """A stand-in for `torch._scaled_mm` in releases that have it for GPUs alone, such as 2.6."""
+    import torch
+
+    if torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm", "CPU"):
+        yield
+        return
+
+    def scaled_mm(a, b, scale_a, scale_b, bias=None, scale_result=None, out_dtype=None, use_fast_accum=False):
+        assert bias is None and scale_result is None
+        return ((a.float() * scale_a) @ (b.float() * scale_b)).to(out_dtype or a.dtype)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_scaled_mm", scaled_mm, "CPU")
+    yield
+    library._destroy()
 
 
 @pytest.fixture(scope="session")

@@ -88,7 +88,7 @@ def test_the_check_of_directions_sees_a_wrong_one(tmp_path, monkeypatch):
 
 PROBE = """
 import json, logging, os, random, sys, threading, warnings
-import numpy, PIL.Image, torch, einops, safetensors
+import numpy, PIL.Image, torch.utils.checkpoint, einops, safetensors
 def state():
     return {
         "environment": dict(os.environ),
