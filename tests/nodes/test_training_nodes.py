@@ -16,6 +16,7 @@ from flux2_kit.flux2_core.images import tensor_to_images
 from flux2_kit.training.config import TrainConfig
 from flux2_kit.training.metrics import read_metrics
 from flux2_kit.training.tiny.pictures import draw_scenes, seen_scenes
+from flux2_kit.training.train_progress import clock
 from PIL import Image
 from safetensors.torch import load_file
 from test_lora_nodes import TINY, graph
@@ -493,10 +494,24 @@ def test_settings_that_are_not_for_the_node_are_refused(executor, root, nodes, t
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "gone.safetensors"])
-def test_a_lora_to_start_from_lies_among_the_loras(executor, root, nodes, name):
-    Image.new("RGB", (8, 8)).save(root / "models" / "x.safetensors", format="PNG")
+def test_a_lora_to_start_from_or_on_top_of_lies_among_the_loras(executor, root, nodes, name):
+    (root / "models" / "x.safetensors").touch()
     with pytest.raises(ValueError, match="is not in ComfyUI's loras folder"):
         executor.run(trained(nodes, network_weights=name))
+    for weights in (f"'{name}'", f"['{name}']"):
+        with pytest.raises(ValueError, match="is not in ComfyUI's loras folder"):
+            executor.run(trained(nodes, more_settings=f"base_weights = {weights}"))
+
+
+def test_a_lora_is_trained_on_top_of_others(executor, root, nodes):
+    executor.run(trained(nodes, output_name="first", max_train_steps=1))
+    text = "preflight = false\nbase_weights = 'flux2_kit/first.safetensors'"
+    prompt = trained(nodes, output_name="second", max_train_steps=1, more_settings=text)
+    assert executor.run(prompt)["train"][4] == 1
+    assert executor.run(prompt) and "train" not in executor.executed
+    os.utime(lora_file(root, "first"), ns=(1, 1))
+    executor.run(prompt)
+    assert "train" in executor.executed
 
 
 def test_memory_is_chosen_on_the_node(executor, root, nodes):
@@ -608,6 +623,11 @@ def test_what_is_refused_is_told_on_the_node(nodes, root, comfy):
     assert comfy.last_text("7") == text and "ema_decai" in text
     text = nodes["Flux2KitCacheDataset"].VALIDATE_INPUTS(dataset="/etc", unique_id="8")
     assert comfy.last_text("8") == text and "extra_model_paths.yaml" in text
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3725, "1:02:05")])
+def test_times_are_told_as_a_clock_does(seconds, shown):
+    assert clock(seconds) == shown
 
 
 def test_the_file_of_the_dit_counts(nodes, root, host, random_tiny_files):
