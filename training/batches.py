@@ -63,11 +63,6 @@ class Schedule:
         """Steps of the optimiser; what is left over at the end of an epoch makes a smaller step."""
         return -(-self._num_batches() // self.gradient_accumulation_steps)
 
-    def step(self, step: int) -> Step:
-        """The samples of a step, counted from 0 over the whole run."""
-        epoch, index = divmod(step, self.num_steps_per_epoch)
-        return self.epoch(epoch)[index]
-
     def epoch(self, epoch: int) -> list[Step]:
         """All steps of an epoch, counted from 0. Every picture comes `num_repeats` times."""
         rng = random.Random(f"{self.seed} order of epoch {epoch}")

@@ -39,7 +39,7 @@ def test_batches_hold_one_group_and_no_more_than_their_size():
 
 def test_numbers_of_samples_run_through_without_a_gap():
     schedule = Schedule(trainees=TRAINEES, seed=1, gradient_accumulation_steps=2)
-    steps = [schedule.step(step) for step in range(2 * schedule.num_steps_per_epoch)]
+    steps = [*schedule.epoch(0), *schedule.epoch(1)]
     numbers = [draw.index for step in steps for batch in step for draw in batch]
     assert numbers == list(range(2 * schedule.num_samples_per_epoch))
 
