@@ -88,10 +88,22 @@ def write_safetensors(
     from .tensor_source import TORCH_DTYPES
 
     words = {dtype: word for word, dtype in TORCH_DTYPES.items()}
-    # Wide types first, as safetensors does it: then every tensor begins at a multiple of its item size.
-    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+    ordered = in_file_order(tensors)
     layout = {name: (words[tensor.dtype], tuple(tensor.shape), tensor.nbytes) for name, tensor in ordered.items()}
     return stream_safetensors(path, layout, ordered.items(), dict(sorted((metadata or {}).items())))
+
+
+def in_file_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as `write_safetensors` puts them one behind the other."""
+    # Wide types first, as safetensors does it: then every tensor begins at a multiple of its item size.
+    return dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The content of a tensor as a file holds it."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def stream_safetensors(
@@ -115,15 +127,13 @@ def stream_safetensors(
     raw += b" " * (-len(raw) % 8)  # the data begins at a multiple of 8 bytes
 
     def write(temporary: Path) -> None:
-        import torch
-
         expected = iter(layout.items())
         with temporary.open("wb") as file:
             file.write(len(raw).to_bytes(8, "little") + raw)
             for name, tensor in tensors:
                 wanted, (_, shape, num_bytes) = next(expected)
                 assert (name, tuple(tensor.shape), tensor.nbytes) == (wanted, shape, num_bytes), (name, wanted)
-                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                file.write(tensor_bytes(tensor))
                 del tensor  # before the next one is made
         assert next(expected, None) is None, "fewer tensors than in the layout"
 

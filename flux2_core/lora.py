@@ -399,7 +399,7 @@ def extract_lora(
     if not layers:
         raise ValueError(f"{base_path} and {tuned_path} do not differ in any layer; give a base and a tuned checkpoint")
     report = LoraReport(dialects=("extracted",), groups=group_layers(layers), unmatched=tuple(unmatched))
-    metadata = {"modelspec.architecture": f"Flux.2-{base.variant.name}/lora"}
+    metadata = {"modelspec.architecture": base.variant.lora_architecture}
     return Lora(name=Path(tuned_path).name, config=base.variant.dit, layers=layers, report=report, metadata=metadata)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .files import write_safetensors
+from .files import in_file_order, tensor_bytes, write_safetensors
 from .lora_factors import DiffFactors, Factors, LohaFactors, LokrFactors, Lora, LoraFactors
 from .lora_files import METADATA_KEY, diffusers_steps
 
@@ -97,7 +98,16 @@ def write_lora(
         tensors = {name: t if name.endswith(".alpha") else t.to(dtype) for name, t in tensors.items()}
     if overflown := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{overflown[0]} has values too large for {dtype or 'its type'}; write fp32 or bf16")
-    return write_safetensors(path, tensors, ours | kept | dict(metadata or {}))
+    return write_safetensors(path, tensors, ours | kept | dict(metadata or {}) | content_hashes(tensors))
+
+
+def content_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Metadata by which other programs recognise a LoRA whatever its file's metadata: SHA-256 of the data behind the
+    header, as modelspec 1.0.0 and kohya's scripts write it."""
+    digest = hashlib.sha256()
+    for tensor in in_file_order(tensors).values():
+        digest.update(tensor_bytes(tensor))
+    return {"modelspec.hash_sha256": f"0x{digest.hexdigest()}", "sshs_model_hash": digest.hexdigest()}
 
 
 def reading_notes(lora: Lora, dialect: Dialect = "comfy") -> tuple[str, ...]:

@@ -72,6 +72,16 @@ class Variant:
     autoencoder_file: RemoteFile | None = None
     text_encoder_files: RemoteFile | None = None
 
+    @property
+    def undistilled_name(self) -> str:
+        """The variant of the same network that is the base to train on; the name itself where there is none."""
+        return self.name.replace("klein-", "klein-base-").removesuffix("-kv") if self.distilled else self.name
+
+    @property
+    def lora_architecture(self) -> str:
+        """``modelspec.architecture`` of a LoRA, which fits a base and what was distilled from it."""
+        return f"Flux.2-{self.name.replace('klein-base-', 'klein-').removesuffix('-kv')}/lora"
+
 
 MISTRAL_SMALL = TextEncoderConfig(
     family="mistral",

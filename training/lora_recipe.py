@@ -117,7 +117,7 @@ class LoraRun:
             logger.warning(
                 "%s is distilled: a LoRA trained on it slowly undoes that. Train on %s and use the LoRA with both",
                 self.variant.name,
-                self.variant.name.replace("klein-", "klein-base-").removesuffix("-kv"),
+                self.variant.undistilled_name,
             )
         installed_trackers(config.monitor.log_with)
         prompts = read_sample_prompts(config.monitor.sample_prompts) if config.monitor.sample_prompts else None
@@ -399,7 +399,15 @@ class LoraRun:
     def _lora(self) -> Lora:
         """The adapters as a file would give them back."""
         with self._inference_weights():
-            metadata = lora_metadata(self.config, self.dataset, self.files, self.adapters, self.steps_done)
+            metadata = lora_metadata(
+                self.config,
+                self.dataset,
+                self.files,
+                adapter=self.adapters.config,
+                num_steps=self.num_steps,
+                steps_per_epoch=self.steps_per_epoch,
+                steps_done=self.steps_done,
+            )
             return self.adapters.to_lora(self.outputs.name, DTYPES[self.config.output.save_precision], metadata)
 
     def _save_state(self) -> None:

@@ -72,10 +72,7 @@ class RunFiles:
                 "another output_name, or delete these files"
             )
         if self.writes:
-            halves = re.compile(r"\." + re.escape(self.name[:40]) + r"(-\d{6}|-step\d{8})?-[a-z0-9_]{8}\.safetensors")
-            half_written = [path for path in self.lora_folder.iterdir() if halves.fullmatch(path.name)]
-            for path in (*half_written, *self.state_folder.glob(".state-*.safetensors")):
-                path.unlink(missing_ok=True)
+            self._delete_half_written()
 
     def check_space(self, num_values: int, *, num_steps: int, num_epochs: int) -> None:
         """Sees whether all that is going to be written fits onto the disk.
@@ -135,6 +132,15 @@ class RunFiles:
             if kind not in ("step", "epoch") or type(number) is not int:
                 raise ValueError(f"{kind!r} {number!r} is no save of a run")
         self.saved = [(kind, number) for kind, number in state]
+
+    def _delete_half_written(self) -> None:
+        """Temporary files of `files.write_atomically` under the names of this run."""
+        stem = re.escape(self.name[:40]) + r"(-\d{6}|-step\d{8}|-curves|-metrics)?"
+        names = re.compile(rf"\.({stem}|state)-[0-9a-f]{{8}}\.(safetensors|png|jsonl)")
+        for folder in (self.lora_folder, self.folder, self.state_folder):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if names.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
 
     def _kept(self, kind: SaveKind) -> tuple[int | None, int]:
         """How many saves are kept, and of how many steps or epochs each counts: steps are counted one by one."""

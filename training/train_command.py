@@ -34,7 +34,10 @@ from .train_progress import TrainResult, TrainStep, describe_step
 
 logger = logging.getLogger(__name__)
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)
+)
+"""SIGHUP comes when a terminal is closed; Windows has SIGBREAK instead, for Ctrl-Break."""
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -94,7 +97,7 @@ def run_train(args: argparse.Namespace) -> int:
         )
     if processes.is_main:
         report(result)
-    return EXIT_CODES.get(stopped[0], 1) if result.stopped and stopped else 0
+    return 128 + stopped[0] if result.stopped and stopped else 0
 
 
 def read_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -147,7 +150,10 @@ def find_variant(values: dict[str, Any]) -> Variant:
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[signal.Signals]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once."""
+    """Collects signals that ask to stop instead of dying of them; a second SIGINT interrupts at once.
+
+    A signal that is ignored, as SIGHUP is under ``nohup``, stays so.
+    """
     received: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -159,7 +165,8 @@ def stop_on_signal() -> Iterator[list[signal.Signals]]:
         received.append(signal.Signals(number))
         logger.warning("stopping after this step; Ctrl-C again stops at once")
 
-    before = {number: signal.signal(number, stop) for number in EXIT_CODES}
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in handled}
     try:
         yield received
     finally:
@@ -171,17 +178,29 @@ def stop_on_signal() -> Iterator[list[signal.Signals]]:
 def progress_bar(is_shown: bool) -> Iterator[Callable[[TrainStep], None]]:
     """A bar over the steps on stderr where that is a terminal; elsewhere a line every now and then."""
     is_terminal = sys.stderr.isatty()
-    with tqdm(unit="step", disable=not (is_shown and is_terminal), file=sys.stderr) as bar:
+    bar: tqdm[Any] | None = None
 
-        def show(step: TrainStep) -> None:
-            bar.total = step.num_steps
-            bar.update(step.step - bar.n)
+    def show(step: TrainStep) -> None:
+        nonlocal bar
+        if is_terminal:
+            if bar is None:  # when the first step is done: what was loaded before is not its time
+                bar = tqdm(
+                    total=step.num_steps, initial=step.step - 1, unit="step", file=sys.stderr, dynamic_ncols=True
+                )
+                bar.start_t -= step.seconds_per_step
+                bar.last_print_t -= step.seconds_per_step
             bar.set_postfix_str(f"loss {step.average_loss:.4f}, lr {step.learning_rate:.2e}", refresh=False)
-            every = max(1, step.num_steps // 20)
-            if is_shown and not is_terminal and (step.step % every == 0 or step.step == step.num_steps):
-                logger.info("%s", describe_step(step))
+            bar.update(step.step - bar.n)
+            return
+        every = max(1, step.num_steps // 20)
+        if step.step % every == 0 or step.step == step.num_steps:
+            logger.info("%s", describe_step(step))
 
-        yield show
+    try:
+        yield show if is_shown else lambda step: None
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def report(result: TrainResult) -> None:

@@ -57,8 +57,9 @@ SampleCallback = Callable[[int, Image.Image], None]
 def describe_step(step: TrainStep) -> str:
     """One line about a step, for logs and nodes."""
     loss = f"{step.average_loss:.4f}" if math.isfinite(step.average_loss) else "not finite"
-    rate = 1 / step.seconds_per_step if step.seconds_per_step else math.inf
-    return f"step {step.step}/{step.num_steps}, loss {loss}, {rate:.2f} steps/s, {clock(step.seconds_left)} left"
+    seconds = step.seconds_per_step
+    pace = f"{seconds:.1f} s/step" if seconds > 1 else f"{1 / seconds if seconds else math.inf:.2f} steps/s"
+    return f"step {step.step}/{step.num_steps}, loss {loss}, {pace}, {clock(step.seconds_left)} left"
 
 
 def clock(seconds: float) -> str:

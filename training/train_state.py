@@ -143,6 +143,9 @@ def restore_train_state(
     try:
         for name, module in modules.items():
             module.load_state_dict(state["modules"][name], strict=True)
+            for parameter, value in module.named_parameters():
+                if not value.isfinite().all():
+                    raise ValueError(f"{parameter} holds values that are not finite")
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         for name, generator in generators.items():
@@ -152,6 +155,6 @@ def restore_train_state(
         return state["step"]
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{source} is the state of another run ({' '.join(str(error).split())[:200]}); start without it, or with "
-            "the settings it was made with"
+            f"{source} is the state of another run, or damaged ({' '.join(str(error).split())[:200]}); start without "
+            "it, or with the settings it was made with"
         ) from error
