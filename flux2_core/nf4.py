@@ -1,7 +1,8 @@
 """The nf4 format of frozen weights (arXiv:2305.14314), computed by bitsandbytes.
 
-Two 4-bit numbers a byte, and the largest magnitude of every 64 weights in a row. That one is kept in bf16, half the
-size of fp32: 4.25 bits a weight, and an error of 0.0920 instead of 0.0918 on Gaussian weights.
+Two 4-bit numbers a byte, and a scale for every 64 weights in a row, in bf16: 4.25 bits a weight. QLoRA's scale is the
+largest magnitude of the 64. Here it is that or a little less, which cuts off the largest, whichever leaves the smaller
+error: on Gaussian weights 0.088 instead of 0.092.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 
 BLOCK = 64
 """Weights that share a scale; they follow each other through the rows of the matrix."""
+SHARES = (1.0, 0.9)
+"""Scales that are tried, as shares of the largest magnitude. Thirty of them would bring the error to 0.086."""
 SLICE = 2**20
 """Weights are quantised so many at a time: on the CPU, bitsandbytes takes 12 bytes and more for each of them."""
 
@@ -25,17 +28,32 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: bitsandbytes cannot be used.
     """
     assert weight.shape[1] % 2 == 0, weight.shape
-    functional = _functional()
     numbers = weight.reshape(-1)
     packed = torch.empty(weight.shape[0], weight.shape[1] // 2, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(-(-numbers.numel() // BLOCK), dtype=torch.bfloat16, device=weight.device)
     for begin in range(0, numbers.numel(), SLICE):
-        part, state = functional.quantize_4bit(
-            numbers[begin : begin + SLICE].float(), blocksize=BLOCK, quant_type="nf4"
-        )
-        packed.view(-1)[begin // 2 : begin // 2 + part.numel()] = part.view(-1)
-        scale[begin // BLOCK : begin // BLOCK + state.absmax.numel()] = state.absmax
+        part = numbers[begin : begin + SLICE].float()
+        blocks = F.pad(part, (0, -part.numel() % BLOCK)).view(-1, BLOCK)
+        found, scale[begin // BLOCK : begin // BLOCK + len(blocks)] = _quantise_blocks(blocks)
+        packed.view(-1)[begin // 2 : (begin + part.numel()) // 2] = found.view(-1)[: part.numel() // 2]
     return packed, scale
+
+
+def _quantise_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Bytes ``[N, 32]`` and scales ``[N]`` of blocks ``[N, 64]``, fp32."""
+    largest = blocks.abs().amax(dim=1, keepdim=True)
+    tried = [_quantise_within(blocks, share * largest) for share in SHARES]
+    errors, packed, scales = (torch.stack(same) for same in zip(*tried, strict=True))
+    best, rows = errors.argmin(dim=0), torch.arange(len(blocks), device=blocks.device)
+    return packed[best, rows], scales[best, rows]
+
+
+def _quantise_within(blocks: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared errors ``[N]``, bytes and scales of blocks cut off at a magnitude ``[N, 1]``, which is their scale."""
+    numbers = blocks.clamp(-limit, limit).view(-1)
+    packed, state = _functional().quantize_4bit(numbers, blocksize=BLOCK, quant_type="nf4")
+    packed, scale = packed.view(-1, BLOCK // 2), state.absmax.bfloat16()
+    return (dequantise(packed, scale, torch.float32) - blocks).square().sum(dim=1), packed, scale
 
 
 def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

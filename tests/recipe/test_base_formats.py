@@ -59,13 +59,11 @@ def bf16_losses(dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[floa
     return validation_loss(tmp_path_factory.mktemp("bf16"), dataset)
 
 
-@pytest.mark.parametrize(
-    ("precision", "scaled_mm", "limit"), [("fp8", None, 0.02), ("fp8", "rows", 0.02), ("nf4", None, 0.03)]
-)
+@pytest.mark.parametrize(("precision", "scaled_mm"), [("fp8", None), ("fp8", "rows"), ("nf4", None)])
 def test_a_quantised_base_trains_nearly_as_well_as_bf16(
-    dataset, bf16_losses, tmp_path, monkeypatch, precision, scaled_mm, limit
+    dataset, bf16_losses, tmp_path, monkeypatch, precision, scaled_mm
 ):
-    """Over six seeds and settings the loss was -0.4 to 1.2 % higher with fp8, and 1.6 to 2.3 % with nf4.
+    """Over six seeds and settings the loss was -0.4 to 1.2 % higher with fp8; over six seeds -0.5 to 1.5 % with nf4.
 
     With "rows", activations and gradients are rounded to 8 bits as well, as on a GPU.
     """
@@ -73,7 +71,7 @@ def test_a_quantised_base_trains_nearly_as_well_as_bf16(
     before, expected = bf16_losses
     assert expected < 0.5 * before, "there is something to learn"
     _, loss = validation_loss(tmp_path, dataset, base_precision=precision)
-    assert abs(loss / expected - 1) < limit
+    assert abs(loss / expected - 1) < 0.02
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp8", "nf4"])

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 FORMAT_NAMES = ("fp8", "nf4")
-WEIGHT_ERROR = {"fp8": 0.027, "nf4": 0.093}
+WEIGHT_ERROR = {"fp8": 0.027, "nf4": 0.089}
 """Of Gaussian weights; the rounding itself gives 0.0265 and, in blocks of 64, 0.0918."""
 SMALL = DiTConfig(
     hidden_size=64,
@@ -119,7 +119,27 @@ def test_slices_of_blocks_change_nothing(generator, monkeypatch):
     packed, scale = nf4.quantise(weight)
     monkeypatch.setattr(nf4, "SLICE", 3 * nf4.BLOCK)
     assert all(map(torch.equal, nf4.quantise(weight), (packed, scale)))
+
+
+def test_every_block_takes_the_scale_that_leaves_the_smaller_error(generator, monkeypatch):
+    weight = torch.randn(130, 160, generator=generator)
+
+    def errors(packed: Tensor, scale: Tensor) -> Tensor:
+        return (nf4.dequantise(packed, scale, torch.float32) - weight).view(-1, nf4.BLOCK).norm(dim=1)
+
+    packed, scale = nf4.quantise(weight)
+    of_both = errors(packed, scale)
+    largest = weight.view(-1, nf4.BLOCK).abs().amax(dim=1)
+    assert set((scale.float() / largest).mul(20).round().tolist()) == {18.0, 20.0}
+    alone = []
+    for share in nf4.SHARES:
+        monkeypatch.setattr(nf4, "SHARES", (share,))
+        alone.append(errors(*nf4.quantise(weight)))
+    torch.testing.assert_close(of_both, torch.minimum(*alone))
+    # The first one is QLoRA's, as bitsandbytes computes it.
+    monkeypatch.setattr(nf4, "SHARES", (1.0,))
     state = functional.quantize_4bit(weight.reshape(-1), blocksize=nf4.BLOCK, quant_type="nf4")
+    packed, scale = nf4.quantise(weight)
     assert torch.equal(packed.view(-1), state[0].view(-1)) and torch.equal(scale, state[1].absmax.bfloat16())
 
 
