@@ -321,8 +321,8 @@ def test_metadata_tells_what_was_trained_and_no_path_of_the_machine(dataset, tmp
 
 def test_a_run_can_start_from_a_lora(dataset, tmp_path):
     first = train(make_config(tmp_path / "a", output={"save_precision": "fp32"}), dataset)
-    config = make_config(tmp_path / "b", network_weights=first.lora_path, dim_from_weights=True, max_train_steps=1)
-    config = replace(config, adapter=AdapterConfig())
+    start = {"network_weights": first.lora_path, "dim_from_weights": True, "adapter": AdapterConfig()}
+    config = make_config(tmp_path / "b", **start, max_train_steps=1)
     second = train(config, dataset)
     assert second.validation_losses[0] == pytest.approx(first.validation_losses[12], rel=1e-5)
     other = OutputConfig(output_dir=tmp_path / "c")
