@@ -95,7 +95,9 @@ def main(argv: Sequence[str] | None = None, add_commands: AddCommands | None = N
             args.parser.error(f"one of the arguments {' '.join(f'--{name}' for name in REQUESTS)} is required")
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else EXIT_REFUSED
-    with _logging(logging.DEBUG if args.debug else logging.INFO) as logger, _terminable(), _any_name_printable():
+    # Of processes that were launched together the first one informs; warnings are everyone's.
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    with _logging(logging.DEBUG if args.debug else level) as logger, _terminable(), _any_name_printable():
         try:
             return args.run(args)
         except KeyboardInterrupt:

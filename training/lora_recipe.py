@@ -113,7 +113,7 @@ class LoraRun:
         # 1. What is trained on, in which order, and whether there is room for it. No weights are loaded yet.
         if not dataset.items:
             raise ValueError("there are no pictures to train on; check the dataset with `flux2 dataset`")
-        if self.variant.distilled:
+        if self.variant.distilled and processes.is_main:
             logger.warning(
                 "%s is distilled: a LoRA trained on it slowly undoes that. Train on %s and use the LoRA with both",
                 self.variant.name,

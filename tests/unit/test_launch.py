@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
@@ -120,6 +121,23 @@ def test_alone_nothing_is_joined():
         with join_launch(environment) as alone:
             assert (alone.index, alone.count, alone.share([1, 2]), alone.total(3)) == (0, 1, [1, 2], 3)
         assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("rank", "informs"), [(None, True), ("0", True), ("1", False)])
+def test_one_process_informs_and_all_warn(monkeypatch, capsys, rank, informs):
+    def speak(_args) -> int:
+        logger = logging.getLogger(generate_command.__name__)
+        logger.info("plan")
+        logger.warning("danger")
+        return 0
+
+    def add_command(commands, common) -> None:
+        commands.add_parser("speak", parents=[common]).set_defaults(run=speak)
+
+    monkeypatch.setenv("RANK", rank) if rank is not None else monkeypatch.delenv("RANK", raising=False)
+    assert main(["speak"], add_command) == 0
+    said = capsys.readouterr().err
+    assert ("plan" in said) == informs and "danger" in said
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
