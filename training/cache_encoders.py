@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from ..flux2_core.images import image_to_tensor, open_picture
 from ..flux2_core.memory import MemoryRequest, plan_text_encoder
 from ..flux2_core.placement import NAMES, place_text_encoder, text_encoder_facts, text_encoder_variant
 from ..flux2_core.streaming import BlockStreamer, stream_text_encoder
-from ..flux2_core.text_encoder import TextEncoder
+from ..flux2_core.text_encoder import TextEncoder, load_text_encoder
 from ..flux2_core.variants import TextEncoderConfig
 from .cache_plan import PictureFile
 from .fingerprint import AutoencoderIdentity, TextEncoderIdentity
@@ -180,11 +181,14 @@ class CaptionEncoder:
         return encoding.embeddings.cpu()
 
     def _load(self) -> tuple[TextEncoder, BlockStreamer | None]:
-        variant, facts = text_encoder_variant(self.path), text_encoder_facts(self.path)
-        assert variant is not None, "its width was checked when it was identified"
+        dtype, variant = self.identity.torch_dtype, text_encoder_variant(self.path)
+        if variant is None:  # memory is planned for the widths of variants
+            settings: dict[str, Any] = {"tokenizer": self.tokenizer, "dtype": dtype, "device": self.device}
+            return load_text_encoder(self.path, self.config, **settings), None
+        facts = text_encoder_facts(self.path)
         request = MemoryRequest(
             variant=variant,
-            text_encoder_precision=NAMES[self.identity.torch_dtype],
+            text_encoder_precision=NAMES[dtype],
             text_encoder_file=facts,
             device_type=self.device.type,
         )

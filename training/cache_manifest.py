@@ -133,7 +133,8 @@ def write_manifest(path: Path, manifest: Manifest) -> bool:
     }
     text = json.dumps(data, indent=1, ensure_ascii=True)
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        if path.stat().st_size == len(text) and path.read_text(encoding="utf-8") == text:
+        # A link is replaced: manifests are listed without links.
+        if path.lstat().st_size == len(text) and path.read_text(encoding="utf-8") == text:
             return False
     write_text(path, text)
     return True
@@ -150,6 +151,8 @@ def read_manifest(path: Path) -> Manifest:
         data = read_json_object(path, MAX_MANIFEST_BYTES)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); check its permissions, or {advice}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, or no manifest; {advice}") from error
     if data.get("format") != "flux2_kit.cache" or data.get("version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} is a manifest of version {str(data.get('version'))[:20]!r}; only {FORMAT_VERSION} is read. "

@@ -721,6 +721,31 @@ def test_a_manifest_that_cannot_be_read(filled, monkeypatch):
         opened(listing(filled))
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1]", b'{"format": NaN}', b'{"a":' * 10**5])
+def test_a_manifest_that_is_none(filled, content):
+    path = the_manifest(filled / "flux2_cache", "latents")
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    for use in (opened, prune_cache):
+        with pytest.raises(ValueError, match=r"manifest-latents.*delete it and run `flux2 cache` again$"):
+            use(listing(filled))
+    assert fill(listing(filled)) == (0, 0)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
+def test_a_link_in_the_place_of_a_manifest(filled):
+    path = the_manifest(filled / "flux2_cache", "latents")
+    outside = path.rename(filled / "elsewhere.json")
+    before = outside.read_bytes()
+    path.symlink_to(outside)
+    with pytest.raises(ValueError, match="are not cached"):
+        opened(listing(filled))
+    assert fill(listing(filled)) == (0, 0)
+    opened(listing(filled))
+    assert not path.is_symlink() and outside.read_bytes() == before
+
+
 def test_pruning_beside_a_run_that_has_just_begun(filled, monkeypatch):
     """Its manifest and its files come when the manifests were listed."""
     large = listing(filled, resolution=(96, 96))
