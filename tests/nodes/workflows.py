@@ -27,7 +27,7 @@ WIDGET_HEIGHT = 28
 TEXT_HEIGHT = 100
 PICTURE_SIDE = 320
 LINE_HEIGHT = 40
-TABLE_HEIGHT = 180
+TABLE_HEIGHT = 260
 PREVIEW_HEIGHT = 224
 """Of a line of text and a live preview below the widgets."""
 GAP = 50
