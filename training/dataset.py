@@ -167,9 +167,10 @@ def _list_subset(index: int, subset: SubsetConfig, roots: Sequence[Path] | None,
 def _entries_of_folder(subset: SubsetConfig, folder: Path, roots: Sequence[Path] | None) -> list[_Entry]:
     files = list_files(folder)
     images = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
-    _tell_left_out(folder, files)
+    folders_inside = _folders_inside(subset, folder)
     if not images:
-        raise ValueError(_say_no_pictures(folder, files))
+        raise ValueError(_say_no_pictures(folder, files, folders_inside))
+    _tell_left_out(folder, files, folders_inside)
     extension = subset.caption_extension.lower()
     captions = {
         comparable(file.name)[: -len(extension)]: file for file in files if file.name.lower().endswith(extension)
@@ -407,22 +408,37 @@ def _find_table(files: Sequence[Path]) -> str | None:
     return next((name for name in TABLE_NAMES if name in names), None)
 
 
-def _tell_left_out(folder: Path, files: Sequence[Path]) -> None:
+def _folders_inside(subset: SubsetConfig, folder: Path) -> list[str]:
+    """Names of folders in the folder of the pictures that this subset does not know."""
+    known = [path.resolve() for path in (subset.control_directory, subset.mask_directory, subset.cache_folder) if path]
+    with os.scandir(folder) as entries:
+        # Files are told without asking the file system about each.
+        others = [Path(entry.path) for entry in entries if not entry.is_file(follow_symlinks=False)]
+    folders = [path for path in others if not path.name.startswith(".") and path.is_dir()]
+    return sorted(path.name for path in folders if path.resolve() not in known)
+
+
+def _tell_left_out(folder: Path, files: Sequence[Path], folders_inside: Sequence[str]) -> None:
     names = [file.name for file in files if file.suffix.lower() in OTHER_PICTURE_SUFFIXES]
     if names:
         text = "%s: pictures of kinds that are not read are left out (%d): %s; save them as PNG"
         logger.warning(text, folder, len(names), shorten_names(names))
+    if folders_inside:
+        logger.warning("%s: folders inside are not searched: %s", folder, shorten_names(folders_inside))
 
 
-def _say_no_pictures(folder: Path, files: Sequence[Path]) -> str:
+def _say_no_pictures(folder: Path, files: Sequence[Path], folders_inside: Sequence[str]) -> str:
     text = f"no pictures in {folder}; put {', '.join(suffix[1:] for suffix in PICTURE_SUFFIXES)} files there"
     table = _find_table(files)
     if table is not None:
         return f"{text}, or give {folder / table} as the dataset"
-    with os.scandir(folder) as entries:
-        folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    if folders:
-        text += f". Folders inside are not searched; make each a [[datasets]] of its own: {shorten_names(folders)}"
+    others = [file.name for file in files if file.suffix.lower() in OTHER_PICTURE_SUFFIXES]
+    if others:
+        text += f". Of these kinds none are read, save them as PNG: {shorten_names(others)}"
+    if folders_inside:
+        text += (
+            f". Folders inside are not searched; make each a [[datasets]] of its own: {shorten_names(folders_inside)}"
+        )
     return text
 
 

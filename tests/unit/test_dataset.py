@@ -101,6 +101,22 @@ class TestFolders:
         with pytest.raises(ValueError, match=r"no pictures in .*, or give .*pictures.metadata\.csv as the dataset"):
             list_folder(tmp_path)
 
+    def test_a_folder_of_pictures_of_other_kinds_only_is_refused_naming_them(self, tmp_path):
+        (tmp_path / "pictures").mkdir()
+        (tmp_path / "pictures" / "a.heic").touch()
+        with pytest.raises(ValueError, match=r"no pictures in .*save them as PNG: a\.heic"):
+            list_folder(tmp_path)
+
+    def test_folders_inside_are_told_unless_they_belong_to_it(self, tmp_path, caplog):
+        caption(save(tmp_path / "pictures" / "a.png"))
+        for name in ("flux2_cache", "before", "masks", ".hidden"):
+            save(tmp_path / "pictures" / name / "a.png")
+        list_folder(tmp_path, control_directory="pictures/before", mask_directory="pictures/masks")
+        assert not caplog.records
+        save(tmp_path / "pictures" / "more" / "b.png")
+        list_folder(tmp_path)
+        assert "folders inside are not searched: before, masks, more" in caplog.text
+
     def test_links_that_lead_nowhere_are_told(self, tmp_path):
         save(tmp_path / "elsewhere" / "a.png")
         caption(save(tmp_path / "pictures" / "b.png"))
@@ -108,7 +124,8 @@ class TestFolders:
         (tmp_path / "pictures" / "folder.png").symlink_to(tmp_path / "elsewhere")
         assert [item.name for item in list_folder(tmp_path).items] == ["a.png", "b.png"]
         (tmp_path / "elsewhere" / "a.png").unlink()
-        with pytest.raises(ValueError, match=r"a\.png: no picture at"):
+        (tmp_path / "pictures" / "loop.png").symlink_to("loop.png")
+        with pytest.raises(ValueError, match=r"a\.png: no picture at .*; loop\.png: no picture at"):
             list_folder(tmp_path)
 
     def test_pictures_of_other_kinds_are_told(self, tmp_path, caplog):
