@@ -69,7 +69,7 @@ OTHER_OPTIONS = (
     "fp8_scaled", "fp8_text_encoder",
 )  # fmt: skip
 """That stand for several settings each."""
-NAME = re.compile(r"\w(?:[\w .()+-]{0,98}\w)?", re.ASCII)
+NAME = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))\w(?:[\w .()+-]{0,98}\w)?", re.ASCII | re.IGNORECASE)
 """File names that every system takes."""
 PROMPTS_FILE = "prompts.txt"
 ADVICE = "give another output_name, or switch resume off to begin anew beside it"
@@ -144,7 +144,7 @@ def check_name(name: str) -> None:
     if not NAME.fullmatch(name):
         raise ValueError(
             f"output_name is {name!r}; give up to 100 letters, digits, spaces and . ( ) + - _ that begin and end with "
-            "a letter or digit, and no folder"
+            "a letter or digit, no folder, and no name of a device of Windows"
         )
 
 

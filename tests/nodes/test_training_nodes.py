@@ -549,7 +549,7 @@ def test_every_option_is_open_refused_or_a_widget(pack, nodes):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "..", "../x", "a/b", "a\\b", "/x", ".x", "x.", " x", "a\0b", "a:b", "x" * 101, "ä"]
+    "name", ["", "..", "../x", "a/b", "a\\b", "/x", ".x", "x.", " x", "a\0b", "a:b", "x" * 101, "ä", "con", "NUL.x"]
 )
 def test_names_that_are_no_plain_file_name_are_refused(executor, root, nodes, name):
     with pytest.raises(ValueError, match=r"output_name is .*; give up to 100 letters"):
