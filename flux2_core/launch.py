@@ -20,6 +20,8 @@ Item = TypeVar("Item")
 
 LONGEST_WAIT = timedelta(days=30)
 """A process may be done long before another one; one that was killed is noticed at once."""
+LONGEST_JOIN = timedelta(minutes=30)
+"""A process that has not come by then is not waited for: its machine may have failed before."""
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 """How many processes MPI started; it tells nothing else that is read here."""
@@ -77,7 +79,8 @@ def join_launch(environment: Mapping[str, str] = os.environ) -> Iterator[Launch]
     """This process's place among those of its launch; joins them over gloo where there are several.
 
     Raises:
-        ValueError: the environment tells of several processes, but not which one this is or how to reach them.
+        ValueError: the environment tells of several processes, but not which one this is or how to reach them; or not
+            all of them came.
     """
     uses_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     if "WORLD_SIZE" not in environment:
@@ -104,7 +107,10 @@ def join_launch(environment: Mapping[str, str] = os.environ) -> Iterator[Launch]
     # Defaults of its functions would keep the group for ever if it were imported later, and with the group threads that
     # make the process abort at its end.
     importlib.import_module("torch.distributed.nn.functional")
-    torch.distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+    store = _meet(launch)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=launch.index, world_size=launch.count, timeout=LONGEST_WAIT
+    )
     try:
         yield launch
     except BaseException:
@@ -113,6 +119,20 @@ def join_launch(environment: Mapping[str, str] = os.environ) -> Iterator[Launch]
             torch.distributed.destroy_process_group()
         raise
     torch.distributed.destroy_process_group()
+
+
+def _meet(launch: Launch) -> torch.distributed.Store:
+    """Waits until all processes are there."""
+    try:
+        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=LONGEST_JOIN))
+        store.set(f"flux2-kit/{launch.index}", "here")
+        store.wait([f"flux2-kit/{index}" for index in range(launch.count)], LONGEST_JOIN)
+    except RuntimeError as error:
+        raise ValueError(
+            f"process {launch.index} of {launch.count} waited {LONGEST_JOIN} for the others; start all of them, and "
+            f"see what those say that ended early ({' '.join(str(error).split())[:200]})"
+        ) from error
+    return store
 
 
 def num_local_processes(environment: Mapping[str, str] = os.environ) -> int:

@@ -9,11 +9,13 @@ import socket
 import subprocess
 import sys
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from flux2_kit.flux2_core import generate_command
+from flux2_kit.flux2_core import launch as launch_module
 from flux2_kit.flux2_core.cli import build_parser, main
 from flux2_kit.flux2_core.file_stems import claim_stem
 from flux2_kit.flux2_core.launch import Launch, join_launch
@@ -41,11 +43,15 @@ def by_seed(folder: Path) -> dict[str, bytes]:
     return {re.sub(r"^\d{8}-\d{6}", "T", path.name): path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def launch(command: list[str], count: int = 2) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of each process."""
+def free_port() -> str:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
+        return str(listener.getsockname()[1])
+
+
+def launch(command: list[str], count: int = 2) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of each process."""
+    port = free_port()
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
@@ -114,6 +120,18 @@ def test_one_process_tells_of_a_bad_line(tmp_path, caplog):
 def test_an_environment_of_half_a_launch_is_refused(environment, message):
     with pytest.raises(ValueError, match=message), join_launch(environment):
         pass
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_processes_that_do_not_come_are_not_waited_for(monkeypatch, rank):
+    monkeypatch.setattr(launch_module, "LONGEST_JOIN", timedelta(seconds=1))
+    environment = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": free_port()}
+    for name, value in environment.items():  # torch reads them itself
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=rf"process {rank} of 2 waited 0:00:01 for the others"), join_launch():
+        pass
+    assert not torch.distributed.is_initialized()
 
 
 def test_alone_nothing_is_joined():
