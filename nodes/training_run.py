@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,8 @@ def plan_run(widgets: Mapping[str, Any], sample_prompts: str, more_settings: str
 def _free_name(name: str, *folders: Path) -> str:
     """The name, with a number behind it where a run has it."""
     number, free = 1, name
-    while any((folder / free).exists() or (folder / f"{free}.safetensors").exists() for folder in folders):
+    ends = ("", ".safetensors", "-step*.safetensors", "-[0-9]*.safetensors")
+    while any(any(folder.glob(f"{escape(free)}{end}")) for folder in folders for end in ends):
         number += 1
         free = f"{name}_{number:05}"
     return free

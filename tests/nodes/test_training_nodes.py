@@ -428,6 +428,9 @@ def test_other_settings_are_refused_or_begin_anew_beside_the_run(executor, root,
         executor.run(trained(nodes))
     name = executor.run(trained(nodes, rank=2, resume=False))["train"][1]
     assert name == "flux2_kit/style_00002.safetensors" and lora_file(root, "style_00002").is_file()
+    lora_file(root, "other-step00000003").touch()  # left of a run whose folder was deleted
+    name = executor.run(trained(nodes, output_name="other", max_train_steps=1, resume=False))["train"][1]
+    assert name == "flux2_kit/other_00002.safetensors"
     assert lora_file(root).read_bytes() == content
 
 
