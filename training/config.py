@@ -18,6 +18,9 @@ BasePrecision = Literal["auto", "bf16", "fp8", "nf4"]
 Checkpointing = Literal["auto", "none", "blocks", "offload"]
 SavePrecision = Literal["fp32", "fp16", "bf16"]
 
+MAX_NAME_BYTES = 200
+"""Of a run's name; file systems allow 255, and what is behind it must fit too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
@@ -52,6 +55,8 @@ class OutputConfig:
         name = self.output_name
         if not name or Path(name).name != name or name in (".", "..") or "\0" in name or "\\" in name:
             raise ValueError(f"output_name is {name!r}; it must be a plain file name without folders")
+        if len(name.encode()) > MAX_NAME_BYTES:
+            raise ValueError(f"output_name has {len(name.encode())} bytes; it may have {MAX_NAME_BYTES}")
         for what in ("save_every_n_steps", "save_every_n_epochs", "save_last_n_steps", "save_last_n_epochs"):
             _at_least_one(what, getattr(self, what))
 

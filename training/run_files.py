@@ -61,7 +61,9 @@ class RunFiles:
                 with tempfile.TemporaryFile(dir=folder):
                     pass
             except OSError as error:
-                raise ValueError(f"nothing can be written into {folder} ({error.strerror}); choose another") from error
+                raise ValueError(
+                    f"nothing can be written into {folder} ({error.strerror}); choose another folder"
+                ) from error
         names = re.compile(re.escape(self.name) + r"(-\d{6}|-step\d{8})?\.safetensors")
         found = sorted(path for path in self.lora_folder.iterdir() if names.fullmatch(path.name))
         found += [self.state_folder] if any(self.state_folder.glob("*.safetensors")) else []

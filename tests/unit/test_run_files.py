@@ -32,6 +32,14 @@ def test_a_new_run_writes_over_no_other(tmp_path, name):
     assert path.read_text() == "hours of work"
 
 
+def test_a_name_leaves_room_for_what_is_behind_it(tmp_path):
+    longest = RunFiles(OutputConfig(output_dir=tmp_path, output_name="n" * 200), writes=True)
+    longest.lora_path("step", 12_345_678).write_text("")
+    longest.curves_path.write_text("")
+    with pytest.raises(ValueError, match="output_name has 201 bytes; it may have 200"):
+        OutputConfig(output_name="n" * 199 + "ü")
+
+
 def test_what_belongs_to_others_does_not_hinder(tmp_path):
     for name in ("cats.safetensors", "black-cat.safetensors", "cat-metrics.jsonl", "cat-1.safetensors"):
         (tmp_path / name).write_text("")
