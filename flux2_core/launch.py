@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -121,10 +121,11 @@ def join_launch(environment: Mapping[str, str] = os.environ) -> Iterator[Launch]
     torch.distributed.destroy_process_group()
 
 
-def _meet(launch: Launch) -> torch.distributed.Store:
-    """Waits until all processes are there."""
+def _meet(launch: Launch) -> Any:
+    """Waits until all processes are there; gives the store by which they found each other."""
+    meet: Any = getattr(torch.distributed, "rendezvous")  # noqa: B009 - public, and not among the stubs' exports
     try:
-        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=LONGEST_JOIN))
+        store, _, _ = next(meet("env://", timeout=LONGEST_JOIN))
         store.set(f"flux2-kit/{launch.index}", "here")
         store.wait([f"flux2-kit/{index}" for index in range(launch.count)], LONGEST_JOIN)
     except RuntimeError as error:
