@@ -32,6 +32,8 @@ class Option:
     """The number that is given is multiplied by this."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other names of values."""
+    gives_advice: bool = False
+    """The setting itself refuses other values, and says which to take instead."""
 
 
 GROUPS: dict[str, tuple[Option, ...]] = {
@@ -110,7 +112,9 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("learning_rate", "optimizer.learning_rate", "at the top of the schedule; default: 1e-4, for prodigy 1"),
         Option("optimizer_args", "optimizer.optimizer_args", "more arguments of the optimiser, as name=value"),
         Option("max_grad_norm", "optimizer.max_grad_norm", "gradients are scaled down to this norm; 0: never"),
-        Option("lr_scheduler", "schedule.lr_scheduler", "how the learning rate goes on from the top"),
+        Option(
+            "lr_scheduler", "schedule.lr_scheduler", "how the learning rate goes on from the top", gives_advice=True
+        ),
         Option("lr_warmup_steps", "schedule.lr_warmup_steps", "rise from 0: steps, a share below 1, or a percentage"),
         Option("lr_decay_steps", "schedule.lr_decay_steps", "fall of warmup_stable_decay, likewise"),
         Option(
@@ -274,7 +278,7 @@ def train_config(values: Mapping[str, Any]) -> TrainConfig:
         if name in OPTIONS and value is not None:
             option = OPTIONS[name]
             value = option.aliases.get(value, value) if isinstance(value, str) else value
-            checked = _convert(name, value, _kind(option.setting))
+            checked = _convert(name, value, str if option.gives_advice else _kind(option.setting))
             settings[option.setting] = checked * option.scale if option.scale is not None else checked
     settings |= _network_settings(values) | _precisions(values)
     if values.get("logging_dir") is not None and values.get("log_with") is None:
@@ -382,7 +386,10 @@ def _argument(option: Option) -> dict[str, Any]:
     if kind is bool:
         return {"action": "store_true", "default": None, "help": text}
     if get_origin(kind) is Literal:
-        return {"choices": (*get_args(kind), *option.aliases), "help": text}
+        choices = (*get_args(kind), *option.aliases)
+        if option.gives_advice:
+            return {"metavar": f"{{{','.join(choices)}}}", "help": text}
+        return {"choices": choices, "help": text}
     if get_origin(kind) is tuple:
         return {"nargs": "*", "metavar": "VALUE", "help": text}
     metavar = {int: "N", float: "X", Path: "PATH"}.get(kind, "VALUE")
