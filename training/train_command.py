@@ -152,7 +152,7 @@ def find_variant(values: dict[str, Any]) -> Variant:
 def stop_on_signal() -> Iterator[list[signal.Signals]]:
     """Collects signals that ask to stop instead of dying of them; a second SIGINT interrupts at once.
 
-    A signal that is ignored, as SIGHUP is under ``nohup``, stays so.
+    SIGHUP stays ignored under ``nohup``; SIGINT, which shells let background jobs ignore, is heard.
     """
     received: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
@@ -165,7 +165,8 @@ def stop_on_signal() -> Iterator[list[signal.Signals]]:
         received.append(signal.Signals(number))
         logger.warning("stopping after this step; Ctrl-C again stops at once")
 
-    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    ignored = {number for number in STOP_SIGNALS if signal.getsignal(number) is signal.SIG_IGN}
+    handled = [number for number in STOP_SIGNALS if number not in ignored or number.name != "SIGHUP"]
     before = {number: signal.signal(number, stop) for number in handled}
     try:
         yield received

@@ -41,14 +41,17 @@ def test_a_second_ctrl_c_interrupts_and_a_second_request_to_end_does_not():
 
 
 @posix
-def test_what_nohup_ignores_stays_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize(("name", "is_heard"), [("SIGHUP", False), ("SIGINT", True)])
+def test_nohup_is_obeyed_and_a_job_in_the_background_can_be_stopped(name, is_heard):
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with stop_on_signal() as received:
-            send(signal.SIGHUP)
-        assert not received and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            send(number)
+        assert received == ([number] if is_heard else [])
+        assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
 
 
 class Terminal(io.StringIO):
