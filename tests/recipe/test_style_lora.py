@@ -1,6 +1,6 @@
 """A LoRA learns a style that the bundled model does not know, from 24 pictures, by word and by edit.
 
-These runs are short. README has the figures of 300 steps.
+These runs are short. docs/training.md has the figures of 300 steps.
 """
 
 from __future__ import annotations
