@@ -274,7 +274,7 @@ def test_a_write_that_fails_leaves_nothing(refused, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", half)
-    assert refused("--infer_steps", "1", loads=True).startswith("No space left on device; check")
+    assert re.match(r"\S+\.png: No space left on device; check", refused("--infer_steps", "1", loads=True))
 
 
 def test_ctrl_c(refused, monkeypatch):
