@@ -373,10 +373,10 @@ def refusal(error: Exception, node_id: str | None) -> str:
 
 
 def show_text(text: str, node_id: str | None) -> None:
-    """Shows text on a node."""
+    """Shows text on a node, which its page may draw as Markdown: two spaces keep the end of a line there."""
     server = getattr(getattr(_loaded("server"), "PromptServer", None), "instance", None)
     if server is not None and node_id is not None and hasattr(server, "send_progress_text"):
-        server.send_progress_text(text, node_id)
+        server.send_progress_text(text.replace("\n", "  \n"), node_id)
 
 
 def _file_names(kind: str) -> list[str]:

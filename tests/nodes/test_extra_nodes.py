@@ -235,7 +235,7 @@ def test_what_a_file_is(nodes, host, folder, texts, random_tiny_files):
     lora = "loras/sub/style.safetensors"
     assert choices == [f"diffusion_models/{TINY}", f"vae/{TINY}", f"text_encoders/{TINY}", lora]
     (facts,) = node_class.inspect(lora, unique_id="1")
-    assert texts == [facts] and facts.splitlines()[0] == lora and str(folder) not in facts
+    assert texts == [facts.replace("\n", "  \n")] and facts.splitlines()[0] == lora and str(folder) not in facts
     for line in ("a FLUX.2 LoRA", "kohya", "rank", "alpha"):
         assert line in facts
     found = [node_class.inspect(name)[0] for name in choices[:3]]
