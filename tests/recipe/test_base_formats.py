@@ -10,11 +10,11 @@ import torch
 from flux2_kit.flux2_core import fp8
 from flux2_kit.flux2_core.lora_files import read_lora
 from flux2_kit.flux2_core.placement import PlacedDiT, retry
-from flux2_kit.training import lora_recipe
+from flux2_kit.training import samples
 from flux2_kit.training.adapters import AdapterConfig
 from flux2_kit.training.base_model import BaseModel
 from flux2_kit.training.cache import CachedDataset
-from flux2_kit.training.config import TrainConfig
+from flux2_kit.training.config import OutputConfig, TrainConfig
 from flux2_kit.training.lora_recipe import LoraRun
 from flux2_kit.training.optimizers import OptimizerConfig
 from flux2_kit.training.processes import Processes
@@ -109,10 +109,11 @@ def test_a_run_goes_on_in_the_precision_it_began_with(dataset, tmp_path):
     config = make_config(tmp_path, max_train_steps=2, base_precision="fp8")
     first = train(config, dataset, should_stop=None)
     assert first.state_path is None
-    stopped = train(replace(config, output=replace(config.output, save_state_on_train_end=True)), dataset)
+    output = OutputConfig(output_dir=tmp_path / "fp8", save_state_on_train_end=True)
+    stopped = train(replace(config, output=output), dataset)
     with pytest.raises(ValueError, match="base_precision was fp8, now auto"):
         train(replace(config, max_train_steps=3, base_precision="auto"), dataset, resume=stopped.state_path)
-    plain = replace(config, base_precision="auto", output=replace(config.output, save_state_on_train_end=True))
+    plain = replace(config, base_precision="auto", output=replace(output, output_dir=tmp_path / "plain"))
     stopped = train(plain, dataset)
     # Where plain weights no longer fit, "auto" stays what it was.
     base = BaseModel(plain, plain.adapter, dataset, FILES, torch.device("cpu"), "fp8")
@@ -123,7 +124,7 @@ def test_a_run_goes_on_in_the_precision_it_began_with(dataset, tmp_path):
 def test_running_out_of_memory_streams_more(dataset, tmp_path, monkeypatch, caplog):
     config = make_config(tmp_path, max_train_steps=1, checkpointing="blocks")
     expected = read_lora(train(config, dataset).lora_path, TINY.dit)
-    training = run(config, dataset)
+    training = run(replace(config, output=OutputConfig(output_dir=tmp_path / "again")), dataset)
     training.device = torch.device("meta")  # no CPU, where nothing would be won
     losses, failures = LoraRun._losses, [2]
 
@@ -147,7 +148,7 @@ def test_running_out_of_memory_streams_more(dataset, tmp_path, monkeypatch, capl
 def test_a_step_that_runs_out_of_memory_is_done_anew_with_fewer_blocks(dataset, tmp_path, monkeypatch, caplog):
     config = make_config(tmp_path, max_train_steps=3, checkpointing="blocks", gradient_accumulation_steps=2)
     expected = read_lora(train(config, dataset).lora_path, TINY.dit)
-    training = run(config, dataset)
+    training = run(replace(config, output=OutputConfig(output_dir=tmp_path / "again")), dataset)
     losses, calls = LoraRun._losses, []
 
     def fail_in_half_a_step(self, batch):
@@ -190,10 +191,8 @@ def test_musubi_s_names_and_ours():
 
 def test_sample_pictures_come_in_strips_where_the_plan_says(dataset, tmp_path, monkeypatch):
     used = []
-    make = lora_recipe.make_sample
-    monkeypatch.setattr(
-        lora_recipe, "make_sample", lambda *args, tiling: used.append(tiling) or make(*args, tiling=tiling)
-    )
+    make = samples.make_sample
+    monkeypatch.setattr(samples, "make_sample", lambda *args, tiling: used.append(tiling) or make(*args, tiling=tiling))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle --s 1 --d 1\n")
     config = make_config(tmp_path, max_train_steps=1, monitor={"sample_prompts": prompts}, preflight=False)
@@ -201,6 +200,7 @@ def test_sample_pictures_come_in_strips_where_the_plan_says(dataset, tmp_path, m
     whole = BaseModel(
         config, config.adapter, dataset, find_train_files(TINY, makes_samples=True), torch.device("cpu")
     ).plan
+    again = OutputConfig(output_dir=tmp_path / "again")
     budget = (whole.decoding_bytes - 1) / 2**30
-    assert len(train(replace(config, vram_budget_gib=budget), dataset).samples) == 1
+    assert len(train(replace(config, vram_budget_gib=budget, output=again), dataset).samples) == 1
     assert len(used) == 2
