@@ -331,7 +331,7 @@ def check_schedule(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> None
 def set_training(optimizer: Optimizer, training: bool) -> None:
     """Puts schedule-free optimisers into training or evaluation; there is nothing to do for others.
 
-    Wrapped by accelerate or not. They must be in training to step; in evaluation the parameters are the averaged ones.
+    They must be in training to step; in evaluation the parameters are the averaged ones.
     """
     switch = getattr(optimizer, "train" if training else "eval", None)
     if callable(switch):
