@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from flux2_kit.flux2_core.dit import Flux2DiT
+from flux2_kit.flux2_core.lora_files import linear_shapes
+from flux2_kit.flux2_core.variants import get_variant
 from flux2_kit.training import run_files
+from flux2_kit.training.adapters import AdapterConfig, TrainableAdapters, count_parameters
 from flux2_kit.training.config import OutputConfig
 from flux2_kit.training.run_files import RunFiles, metrics_beside
 
@@ -102,6 +107,16 @@ def test_space_is_needed_for_every_file_that_is_kept(tmp_path, monkeypatch, sett
     monkeypatch.setattr(run_files.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
     with pytest.raises(ValueError, match="free some space, save less often, keep fewer"):
         output.check_space(num_values, num_steps=1000, num_epochs=20)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"dora": True}, {"kind": "lokr", "rank": 2}, {"kind": "lokr", "lokr_factor": 8, "exclude": ("mlp",)}],
+)
+def test_what_is_counted_before_anything_is_loaded_is_what_is_trained(settings):
+    config, tiny = AdapterConfig(**{"rank": 4, **settings}), get_variant("tiny").dit
+    adapters = TrainableAdapters(Flux2DiT(tiny), config, generator=torch.Generator())
+    assert count_parameters(linear_shapes(tiny), config) == sum(value.numel() for value in adapters.parameters())
 
 
 def test_saves_are_counted_on_by_a_run_that_goes_on_and_nothing_else_is_deleted(tmp_path, monkeypatch):
