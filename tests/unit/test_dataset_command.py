@@ -161,8 +161,10 @@ def test_the_command_writes_the_contact_sheet(settings, capsys, name, kind):
         assert (abs(pixels - color).max(-1) < 12).sum() > 5000
 
 
-@pytest.mark.parametrize("name", ["写真.png", "caf\udce9.png"])  # the second is Latin-1 on disk
+@pytest.mark.parametrize("name", ["写真.png", "caf\udce9.png"], ids=["japanese", "latin-1 on disk"])
 def test_names_that_the_output_cannot_show_are_escaped(tmp_path, monkeypatch, name):
+    if sys.platform == "darwin" and not name.isprintable():
+        pytest.skip("macOS keeps names as Unicode")
     save(tmp_path / name, (100, 100))
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252", errors="strict"))
     assert main(["dataset", str(tmp_path)]) == 0
