@@ -165,11 +165,12 @@ def test_the_command_writes_the_contact_sheet(settings, capsys, name, kind):
 def test_names_that_the_output_cannot_show_are_escaped(tmp_path, monkeypatch, name):
     if sys.platform == "darwin" and not name.isprintable():
         pytest.skip("macOS keeps names as Unicode")
-    save(tmp_path / name, (100, 100))
+    save(tmp_path / name, (700, 100))
+    (tmp_path / name).with_suffix(".txt").write_text("x")  # a warning would take the name to pytest's other processes
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252", errors="strict"))
     assert main(["dataset", str(tmp_path)]) == 0
     sys.stdout.seek(0)
-    assert "1 missing: " + name.encode("cp1252", "backslashreplace").decode() in sys.stdout.read()
+    assert "10 %: " + name.encode("cp1252", "backslashreplace").decode() in " ".join(sys.stdout.read().split())
 
 
 def test_the_contact_sheet_shows_what_is_cropped_off_dark(tmp_path):
