@@ -170,7 +170,7 @@ def test_names_that_the_output_cannot_show_are_escaped(tmp_path, monkeypatch, na
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252", errors="strict"))
     assert main(["dataset", str(tmp_path)]) == 0
     sys.stdout.seek(0)
-    assert "10 %: " + name.encode("cp1252", "backslashreplace").decode() in " ".join(sys.stdout.read().split())
+    assert "10 %: 1: " + name.encode("cp1252", "backslashreplace").decode() in " ".join(sys.stdout.read().split())
 
 
 def test_the_contact_sheet_shows_what_is_cropped_off_dark(tmp_path):
