@@ -17,7 +17,7 @@ BLOCK = 64
 """Weights that share a scale; they follow each other through the rows of the matrix."""
 SHARES = (1.0, 0.9)
 """Scales that are tried, as shares of the largest magnitude. Thirty of them would bring the error to 0.086."""
-SLICE = 2**20
+SLICE = 2**19
 """Weights are quantised so many at a time: on the CPU, bitsandbytes takes 12 bytes and more for each of them."""
 
 
