@@ -38,18 +38,21 @@ class Tracker(Protocol):
 
 
 class RunningAverage:
-    """Exponential average that starts at the first value; values that are not finite do not count."""
+    """Mean of the first ``1 / weight`` values, from then on an exponential average; only finite values count."""
 
     def __init__(self, weight: float = 0.02) -> None:
         """Takes the weight of the newest value, 0..1."""
         assert 0 < weight <= 1
         self.weight = weight
+        self.count = 0
         self.value: float | None = None
 
     def update(self, value: float) -> float | None:
         """Takes a value in and gives the average; None as long as there was no finite value."""
         if math.isfinite(value):
-            self.value = value if self.value is None else self.value + self.weight * (value - self.value)
+            self.count += 1
+            before = self.value or 0.0
+            self.value = before + max(self.weight, 1 / self.count) * (value - before)
         return self.value
 
 

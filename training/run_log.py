@@ -126,7 +126,7 @@ class RunLog:
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on has to know."""
         return {
-            "average_loss": self.average_loss.value,
+            "average_loss": (self.average_loss.value, self.average_loss.count),
             "num_bad_in_a_row": self.num_bad_in_a_row,
             "num_bad_steps": self.num_bad_steps,
             "validation_losses": self.validation_losses,
@@ -139,8 +139,8 @@ class RunLog:
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
-        average = state["average_loss"]
-        self.average_loss.value = None if average is None else float(average)
+        average, count = state["average_loss"]
+        self.average_loss.value, self.average_loss.count = None if average is None else float(average), int(count)
         self.num_bad_in_a_row, self.num_bad_steps = int(state["num_bad_in_a_row"]), int(state["num_bad_steps"])
         self.validation_losses = {int(step): float(loss) for step, loss in state["validation_losses"].items()}
         self.run_id = str(state["run_id"])

@@ -124,7 +124,9 @@ def test_a_full_disk_leaves_no_half_line_in_the_middle(tmp_path, monkeypatch):
 
 def test_the_running_average_starts_at_the_first_value_and_skips_what_is_not_finite():
     average = RunningAverage(0.25)
-    assert [average.update(value) for value in (math.nan, 4.0, 8.0, math.inf, 1.0)] == [None, 4.0, 5.0, 5.0, 4.0]
+    values = (math.nan, 4.0, 8.0, math.inf, 3.0, 1.0, 8.0)
+    # The mean of four, then a quarter of what is new.
+    assert [average.update(value) for value in values] == [None, 4.0, 6.0, 6.0, 5.0, 4.0, 5.0]
 
 
 class Recorder:
