@@ -122,7 +122,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[in
         )
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=600)[1] for process in processes]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
     return folder, [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
 
 

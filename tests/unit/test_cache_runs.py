@@ -110,7 +110,7 @@ def start(folder: Path, num_writes: int, index: int = 0, count: int = 1) -> subp
 
 def test_a_killed_run_goes_on_where_it_was(folder):
     process = start(folder, 3)  # the manifest and two pictures
-    assert process.wait(60) == -signal.SIGKILL
+    assert process.wait(120) == -signal.SIGKILL
     hidden = cached_files(folder, ".latents")
     assert len(cached_files(folder, "latents")) == 2 and hidden
     dataset = listing(folder)
@@ -125,7 +125,7 @@ def test_two_processes_make_the_files_of_one(filled):
     latents = {name for name in names if not name.startswith(("text", "manifest-text"))}
     shutil.rmtree(filled / "flux2_cache")
     processes = [start(filled, 100, index, 2) for index in (0, 1)]
-    counts = sorted(int(process.communicate(timeout=60)[0]) for process in processes)
+    counts = sorted(int(process.communicate(timeout=120)[0]) for process in processes)
     assert counts == [1, 2] and cached_files(filled) == latents
 
 
