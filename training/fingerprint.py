@@ -199,7 +199,7 @@ def read_tokenizer_of(
     )
 
 
-def fingerprint_weights(path: str | Path, component: WeightsComponent) -> str:
+def fingerprint_weights(path: str | Path, component: WeightsComponent | None = None) -> str:
     """32 hexadecimal digits that change when anything in the weights does; the file's name does not count.
 
     Raises:

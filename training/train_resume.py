@@ -22,6 +22,8 @@ FREE = (
 )  # fmt: skip
 """Settings that do not change what a step learns, rounding aside; max_train_steps does where the learning rate follows
 a curve, and is free so that a run can be made longer."""
+CONTENTS = {"dataset": "the dataset has", "base": "the DiT has", "base_weights": "the LoRAs of base_weights have"}
+"""What counts by its content, not by its path."""
 ONLY_AT_START = ("network_weights", "dim_from_weights")
 """Settings that count before the first step alone."""
 
@@ -29,12 +31,14 @@ ONLY_AT_START = ("network_weights", "dim_from_weights")
 def describe_run(config: TrainConfig, dataset: CachedDataset, files: TrainFiles, num_processes: int) -> dict[str, Any]:
     """All that has to be the same for a run to go on, as JSON values."""
     settings = json.loads(json.dumps(asdict(config), default=str))
-    kept = {name: value for name, value in settings.items() if name not in (*FREE, *ONLY_AT_START)}
+    left_out = (*FREE, *ONLY_AT_START, "base_weights")
+    kept = {name: value for name, value in settings.items() if name not in left_out}
     return {
         "settings": kept,
         "dataset": dataset.digest,
         "variant": files.variant.name,
         "base": fingerprint_weights(files.dit, "dit"),
+        "base_weights": [fingerprint_weights(path) for path in config.base_weights],
         "num_processes": num_processes,
     }
 
@@ -84,7 +88,7 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
         for key in {**before, **now}:
             yield from _differences(before.get(key), now.get(key), key)
     elif before != now:
-        if name in ("dataset", "base"):
-            yield f"the {'dataset' if name == 'dataset' else 'DiT'} has changed"
+        if name in CONTENTS:
+            yield f"{CONTENTS[name]} changed"
         else:
             yield f"{name} was {before}, now {now}"

@@ -363,6 +363,21 @@ def test_a_run_on_top_of_a_lora_learns_what_that_leaves_and_does_not_hold_it(dat
     assert Image.open(sample).tobytes() == Image.open(made).tobytes()
 
 
+def test_loras_under_a_run_count_by_their_content_when_it_goes_on(dataset, tmp_path):
+    first, other = (
+        train(make_config(tmp_path / name, seed=seed, max_train_steps=1), dataset).lora_path
+        for name, seed in (("first", 1), ("other", 2))
+    )
+    stopped = train(
+        make_config(tmp_path / "run", base_weights=(first,), max_train_steps=1, output={"save_state": True}), dataset
+    )
+    longer = make_config(tmp_path / "run", max_train_steps=2)
+    with pytest.raises(ValueError, match="the LoRAs of base_weights have changed"):
+        train(replace(longer, base_weights=(other,)), dataset, resume=stopped.state_path)
+    moved = first.rename(tmp_path / "moved.safetensors")
+    assert train(replace(longer, base_weights=(moved,)), dataset, resume=stopped.state_path).num_steps == 2
+
+
 def test_dropout_stays_where_the_rest_is_taken_from_weights(dataset, tmp_path):
     first = train(make_config(tmp_path / "first", max_train_steps=1), dataset).lora_path
     results = [
