@@ -5,17 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from caches import (
     AUTOENCODER,
     cached_files,
     fill,
     listing,
-    make_folder,
     opened,
     the_manifest,
 )
@@ -23,33 +20,6 @@ from flux2_kit.flux2_core.sampling import Stopped
 from flux2_kit.training import cache_manifest
 from flux2_kit.training.cache_manifest import prune_cache
 from flux2_kit.training.encode import CacheOptions, cache_latents
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Pictures are so small that threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_folder(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def filled_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_folder(tmp_path_factory.mktemp("filled"))
-    assert fill(listing(folder)) == (3, 4)
-    return folder
-
-
-@pytest.fixture
-def filled(filled_once: Path, tmp_path: Path) -> Path:
-    """The pictures with their whole cache."""
-    return shutil.copytree(filled_once, tmp_path / filled_once.name)
 
 
 def test_pruning_keeps_what_is_named_and_what_is_not_ours(filled):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from caches import (
     draw,
     fill,
     listing,
-    make_folder,
     opened,
 )
 from flux2_kit.flux2_core.checkpoint import load_autoencoder
@@ -39,33 +37,6 @@ from flux2_kit.training.fingerprint import identify_autoencoder
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Pictures are so small that threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_folder(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def filled_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_folder(tmp_path_factory.mktemp("filled"))
-    assert fill(listing(folder)) == (3, 4)
-    return folder
-
-
-@pytest.fixture
-def filled(filled_once: Path, tmp_path: Path) -> Path:
-    """The pictures with their whole cache."""
-    return shutil.copytree(filled_once, tmp_path / filled_once.name)
 
 
 def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,6 @@ from caches import (
     draw,
     fill,
     listing,
-    make_folder,
     opened,
 )
 from flux2_kit.flux2_core.images import image_to_tensor, load_image
@@ -35,34 +34,6 @@ from flux2_kit.training.cache_manifest import prune_cache
 from flux2_kit.training.dataset import Dataset
 from flux2_kit.training.encode import CacheOptions, cache_latents, cache_text
 from safetensors.torch import load_file, save_file
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Pictures are so small that threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_folder(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def filled_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_folder(tmp_path_factory.mktemp("filled"))
-    assert fill(listing(folder)) == (3, 4)
-    return folder
-
-
-@pytest.fixture
-def filled(filled_once: Path, tmp_path: Path) -> Path:
-    """The pictures with their whole cache."""
-    return shutil.copytree(filled_once, tmp_path / filled_once.name)
-
 
 # Interruptions and processes
 
