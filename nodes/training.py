@@ -267,7 +267,7 @@ class TrainLoRA:
         fill_cache(dataset, unique_id)
         steps, line = train_run(run, dataset, found, dit, unique_id)
         _made.note((widgets["output_name"], resume), run.lora)
-        samples, curves = run.sample_paths(steps), [path for path in [run.curves] if path.is_file()]
+        samples, curves = run.sample_paths(steps), [path for path in [run.files.curves_path] if path.is_file()]
         name = lora_name(run.lora)
         result = (
             LoraFile(path=run.lora),

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..flux2_core.variants import Variant
 from ..training.config import TrainConfig
 from ..training.foreign_options import REFUSED, WITHOUT_EFFECT
 from ..training.optimizers import find_optimizer
+from ..training.run_files import RunFiles
 from ..training.train_options import OPTIONS, flatten_tables, train_config
 from ..training.train_progress import TrainResult, TrainStep, describe_step
 from . import host
@@ -86,10 +88,10 @@ class Run:
     resumes: bool
     """Whether the same graph queued again goes on with it."""
 
-    @property
-    def folder(self) -> Path:
-        """Of state, sample pictures and curves."""
-        return self.config.output.output_dir
+    @cached_property
+    def files(self) -> RunFiles:
+        """Where it writes."""
+        return RunFiles(self.config.output, writes=False)
 
     @property
     def name(self) -> str:
@@ -98,17 +100,7 @@ class Run:
     @property
     def lora(self) -> Path:
         """Where the finished LoRA goes."""
-        assert self.config.output.lora_dir is not None
-        return self.config.output.lora_dir / f"{self.name}.safetensors"
-
-    @property
-    def state(self) -> Path:
-        """Folder to go on from."""
-        return self.folder / f"{self.name}-state"
-
-    @property
-    def curves(self) -> Path:
-        return self.folder / f"{self.name}-curves.png"
+        return self.files.lora_path("trained")
 
     def sample_paths(self, step: int) -> list[Path]:
         """Pictures made after a step, in the order of the prompts; those that were not made are left out."""
@@ -119,18 +111,18 @@ class Run:
             sample_name(self.name, step, index, self.config.seed if seed is None else seed)
             for index, seed in enumerate(seeds)
         ]
-        return [path for name in names if (path := self.folder / "sample" / name).is_file()]
+        return [path for name in names if (path := self.files.sample_folder / name).is_file()]
 
     def has_other_prompts(self) -> bool:
         """Whether it was trained with other sample prompts than those of now."""
-        file = self.folder / PROMPTS_FILE
+        file = self.files.folder / PROMPTS_FILE
         return bool(self.lines) and (not file.is_file() or file.read_text(encoding="utf-8") != self._prompts())
 
     def write_prompts(self) -> None:
         """Puts the prompts where training reads them."""
         if self.lines:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / PROMPTS_FILE, self._prompts())
+            self.files.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.files.folder / PROMPTS_FILE, self._prompts())
 
     def _prompts(self) -> str:
         return "".join(f"{line}\n" for line in self.lines)
@@ -296,7 +288,7 @@ def train_run(run: Run, dataset: LinkedDataset, variant: Variant, dit: Path, nod
             cached,
             files,
             processes=Processes(device=host.device()),
-            resume=run.state if done else None,
+            resume=run.files.state_folder if done else None,
             on_step=live.on_step,
             on_sample=live.on_sample,
             should_stop=host.is_interrupted,
@@ -322,11 +314,11 @@ def _check_state(run: Run, description: dict[str, Any], num_steps: int) -> int:
     from ..training.train_resume import STATE_FILE, compare_run
     from ..training.train_state import load_tree
 
-    if not (file := run.state / STATE_FILE).is_file():
+    if not (file := run.files.state_folder / STATE_FILE).is_file():
         if run.lora.is_file():
             raise ValueError(f"{run.lora} is there already, and no {file} to train it on from; {ADVICE}")
         return 0
-    done, differences = compare_run(load_tree(file), description, run.state)
+    done, differences = compare_run(load_tree(file, with_tensors=False), description, run.files.state_folder)
     if differences:
         raise ValueError(f"{run.name} had other settings: {'; '.join(differences)}. Set them back, or else {ADVICE}")
     if done > num_steps:
@@ -368,7 +360,8 @@ class _Live:
         if not self.step:
             return
         try:
-            kept = f"the state of step {load_tree(self.run.state / STATE_FILE)['step']} is kept: {self._how_to_go_on()}"
+            state = load_tree(self.run.files.state_folder / STATE_FILE, with_tensors=False)
+            kept = f"the state of step {state['step']} is kept: {self._how_to_go_on()}"
         except (ValueError, OSError, KeyError):
             kept = "its state could not be kept"
         self.tell(f"ended after step {self.step}, {kept}")

@@ -56,8 +56,11 @@ def save_tree(path: Path, tree: Any) -> Path:
     return write_safetensors(path, tensors, {TREE_KEY: json.dumps(encode(tree, ""))})
 
 
-def load_tree(path: Path) -> Any:
+def load_tree(path: Path, *, with_tensors: bool = True) -> Any:
     """What `save_tree` wrote.
+
+    Args:
+        with_tensors: False leaves None in the place of each, and reads the header alone.
 
     Raises:
         ValueError: it is no such file, or damaged.
@@ -68,7 +71,8 @@ def load_tree(path: Path) -> Any:
         with safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get(TREE_KEY)
             # Copies: a tensor that lies in the mapped file keeps it open, and Windows replaces no open file.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - no mapping
+            keys = file.keys()
+            tensors = {key: file.get_tensor(key).clone() if with_tensors else None for key in keys}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); go on from another state") from error
     if text is None:

@@ -131,3 +131,8 @@ def test_a_failed_save_leaves_the_last_state(saved, monkeypatch):
         save_train_state(saved, step=9, **Run.start(seed=0).parts())
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_tree_can_be_read_without_its_tensors(tmp_path):
+    save_tree(tmp_path / "state.safetensors", {"step": 3, "weights": [torch.ones(2), "text"]})
+    assert load_tree(tmp_path / "state.safetensors", with_tensors=False) == {"step": 3, "weights": [None, "text"]}
