@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,17 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def make_writable(folder: Path) -> None:
+    """Makes a folder where there is none, and tries to write into it.
+
+    Raises:
+        OSError: one of both cannot be done.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def write_safetensors(

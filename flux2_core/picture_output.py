@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
+from .files import make_writable
 from .picture_metadata import GenerationRecord, write_png
 
 
@@ -20,9 +20,7 @@ def prepare_folder(path: str) -> Path:
     """
     folder = Path(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        make_writable(folder)
     except OSError as error:
         raise ValueError(
             f"--save_path {folder} cannot be written into ({error.strerror}); give a folder of yours"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..flux2_core.files import make_writable
 from ..flux2_core.lora_writer import write_lora
 from .base_model import DTYPES
 
@@ -57,9 +57,7 @@ class RunFiles:
         """
         for folder in (self.folder, self.lora_folder):
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
+                make_writable(folder)
             except OSError as error:
                 raise ValueError(
                     f"nothing can be written into {folder} ({error.strerror}); choose another folder"
