@@ -9,7 +9,7 @@ import pytest
 import torch
 from flux2_kit.flux2_core.files import write_atomically
 from flux2_kit.training import train_state
-from flux2_kit.training.train_state import load_train_state, save_train_state
+from flux2_kit.training.train_state import load_train_state, load_tree, save_train_state, save_tree
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
